@@ -1,0 +1,30 @@
+"""Files -> rows -> examples -> batches. The label shift happens here, once (packing.py); iterators can be resumed."""
+
+from strop.data.batches import PackedBatches, PretrainBatches, TaskBatches
+from strop.data.examples import Example, Examples, sft_examples
+from strop.data.formats import read_preferences, read_supervised, read_unpaired
+from strop.data.packing import pack, split_packed
+from strop.data.shards import TokenShards, build_shards
+from strop.data.sources import Rows, load_rows, stream_rows, stream_texts
+from strop.data.tasks import tasks_from_rows
+
+__all__ = [
+    "Example",
+    "Examples",
+    "PackedBatches",
+    "PretrainBatches",
+    "Rows",
+    "TaskBatches",
+    "TokenShards",
+    "build_shards",
+    "load_rows",
+    "pack",
+    "read_preferences",
+    "read_supervised",
+    "read_unpaired",
+    "sft_examples",
+    "split_packed",
+    "stream_rows",
+    "stream_texts",
+    "tasks_from_rows",
+]
