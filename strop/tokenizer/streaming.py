@@ -37,9 +37,7 @@ class StreamDecoder:
         self._num_given = max(self._num_given, settled)
         if new and settled == len(text):
             context = self._window[self._num_context :]
-            context_text = self._decode(context)
-            if context_text:
-                self._window, self._num_context, self._num_given = context, len(context), len(context_text)
+            self._window, self._num_context, self._num_given = context, len(context), len(self._decode(context))
         return new
 
     def finish(self) -> str:

@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from strop.tokenizer import StreamDecoder, Tokenizer
-from strop.tokenizer.chat import ChatTemplate
+from strop.tokenizer.chat import ChatTemplate, produced_tokens
 
 CORPUS = [
     "the answer is 4 and the user asked what 2 + 2 is, assistant\n\nsystem\n\nHello there! How are you? I am fine.",
@@ -193,9 +193,11 @@ def test_completion_messages_count_only_after_the_prompt(family, marked):
         hf.chat_template = hf.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     tokenizer = Tokenizer(hf, name=family)
     token_ids, mask = tokenizer.encode_chat(MULTI_TURN)
-    prompt = tokenizer.encode_prompt(MULTI_TURN[:3])
-    expected = [False] * len(prompt) + mask[len(prompt) :]
-    assert tokenizer.encode_prompt_completion(MULTI_TURN[:3], MULTI_TURN[3:]) == (token_ids, expected)
+    for num_given in (1, 3):
+        prompt = tokenizer.encode_prompt(MULTI_TURN[:num_given])
+        expected = [False] * len(prompt) + mask[len(prompt) :]
+        completed = tokenizer.encode_prompt_completion(MULTI_TURN[:num_given], MULTI_TURN[num_given:])
+        assert completed == (token_ids, expected)
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -243,6 +245,12 @@ def test_template_newline_inside_the_marks_does_not_count_and_a_missing_stop_tok
     assert Tokenizer(hf, name="x").encode_chat(MULTI_TURN) == expected
 
 
+def test_a_stop_token_inside_an_answer_does_not_cut_it():
+    text, stop = "ab</s>cd", 2
+    extents = [(0, 2), (2, 6), (6, 7), (7, 8)]
+    assert produced_tokens(text, [5, stop, 6, 7], extents, [(0, 8)], {stop}) == [True] * 4
+
+
 def test_marks_around_reasoning_that_the_generation_prompt_opens_start_after_it():
     hf = build("chatml")
     hf.chat_template = (
@@ -277,6 +285,16 @@ def test_sentencepiece_puts_no_space_between_prompt_and_completion():
         assert token_ids[: len(prompt_ids)] == prompt_ids
         assert tokenizer.decode(token_ids) == prompt + completion
         assert tokenizer.decode(prompt_ids + tokenizer.encode_completion(completion)) == prompt + completion
+
+
+def test_sentencepiece_completion_of_several_turns_counts_what_the_chat_counts():
+    hf = build("mistral")
+    hf.chat_template = hf.chat_template.replace("[/INST]", "[/INST]¶")  # one character, several tokens, before a turn
+    tokenizer = Tokenizer(hf, name="mistral")
+    token_ids, mask = tokenizer.encode_chat(MULTI_TURN)
+    num_given = len(tokenizer.encode_prompt(MULTI_TURN[:1]))
+    expected = [False] * num_given + mask[num_given:]
+    assert tokenizer.encode_prompt_completion(MULTI_TURN[:1], MULTI_TURN[1:]) == (token_ids, expected)
 
 
 def test_sentencepiece_streams_spaces_and_byte_fallback():

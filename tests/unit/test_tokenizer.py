@@ -112,6 +112,7 @@ def test_stop_tokens_are_eos_end_of_turn_and_the_generation_config(tmp_path):
     assert make(None).stop_token_ids == (0,)
     assert make("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}").stop_token_ids == (0,)
     assert make("{% for m in messages %}{{ m.role + ': ' + m.content + ' end' }}{% endfor %}").stop_token_ids == (0,)
+    assert make("{% for m in messages %}{{ m.content + '\\n\\n<|im_end|>\\n' }}{% endfor %}").stop_token_ids == (0, 2)
     tokenizer.save(tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     loaded = Tokenizer.load(tmp_path / "model")
