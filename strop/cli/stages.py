@@ -1,0 +1,36 @@
+"""`strop pretrain | sft | grpo RECIPE.toml`: a recipe, flags over it, one run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from strop.cli.config import read_toml, read_values, to_toml
+from strop.cli.flags import parse_stage_flags
+
+STAGES = {"pretrain": "strop.stages.pretrain", "sft": "strop.stages.sft", "grpo": "strop.stages.grpo"}
+"""Stage name -> the module with its Config and train()."""
+
+
+def run(command: str, args: Sequence[str]) -> int:
+    stage = load_stage(command)
+    if not args or args[0] in ("-h", "--help"):
+        parse_stage_flags(stage.Config, {}, ["--help"], prog=f"strop {command} RECIPE.toml", where="", name="RECIPE")
+    if args[0].startswith("-"):
+        raise ValueError(f"the recipe comes first: strop {command} RECIPE.toml {args[0]} ...")
+    recipe = Path(args[0])
+    values = read_values(read_toml(recipe), stage.Config, str(recipe))
+    prog = f"strop {command} {recipe}"
+    call = parse_stage_flags(stage.Config, values, args[1:], prog=prog, where=str(recipe), name=recipe.stem)
+    if call.print_config:
+        print(to_toml(call.config), end="")
+        return 0
+    folder = stage.train(call.config, name=call.name, runs_dir=call.runs_dir, resume=call.resume)
+    print(f"{folder}  (talk to it: strop chat {folder})")
+    return 0
+
+
+def load_stage(name: str) -> ModuleType:
+    return importlib.import_module(STAGES[name])

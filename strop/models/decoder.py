@@ -1,0 +1,274 @@
+"""The decoder-only transformer: one readable file for every supported family.
+
+Shape suffixes: T packed tokens, S cache slots, D hidden width, N query heads, K key-value heads, H head width,
+P prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from strop.models.attention import AttentionPlan
+from strop.models.cache import KVCache
+from strop.models.config import ModelConfig, RopeScaling
+from strop.models.fused import norm_linear, rms_norm, swiglu_linear
+from strop.models.interface import Cache
+from strop.types import PackedBatch, Segment
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Angle per position of each rotary pair, float32, shape (head_dim / 2,) (Su et al. 2021, eq. 15).
+
+    Llama 3's scaling divides wavelengths longer than original / low_freq_factor by `factor`, keeps those shorter than
+    original / high_freq_factor, and blends in between.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
+    if scaling is None:
+        return frequencies
+    wavelengths = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with each pair (x[i], x[i + H/2]) turned by its angle. x (..., heads, H); cos, sin (..., 1, H), in x's dtype.
+
+    The pairing is Hugging Face's half-split one, so checkpoints need no permutation.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the mean of squares in float32 (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of the normalised input, with queries, keys and values from one fused projection."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.layer = layer
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.has_rope = layer not in config.layers_without_rope
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (T, N, H), keys and values (T, K, H), rotated to their positions."""
+        qkv = norm_linear(x_TD, self.norm.weight, self.qkv.weight, self.qkv.bias, self.norm.eps)
+        qkv = qkv.view(x_TD.shape[0], -1, self.head_dim)
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, : self.num_heads]), self.k_norm(qk[:, self.num_heads :])], dim=1)
+        if self.has_rope:
+            qk = rotate(qk, *rope)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
+        return q, k, v
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        q, k, v = self.project(x_TD, rope)
+        return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+
+    def prefill(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, ranges: _Ranges
+    ) -> Tensor:
+        q, k, v = self.project(x_TD, rope)
+        for slot, start, end in ranges:
+            cache.write(self.layer, slot, k[start:end], v[start:end])
+        return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+
+    def decode(self, x_SD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, step: _DecodeStep) -> Tensor:
+        """One query per slot against that slot's cache.
+
+        With a single query a batched matmul beats the fused attention kernel, whose tiles it cannot fill.
+        """
+        num_slots = x_SD.shape[0]
+        q, k, v = self.project(x_SD, rope)
+        keys_SKTH, values_SKTH = cache.keys[self.layer, :num_slots], cache.values[self.layer, :num_slots]
+        keys_SKTH[step.slots_S, :, step.positions_S] = k
+        values_SKTH[step.slots_S, :, step.positions_S] = v
+        # One batch entry per slot and key-value head, whose G query heads are the rows of its matrix.
+        q_BGH = q.reshape(num_slots * self.num_kv_heads, -1, self.head_dim)
+        keys_BTH, values_BTH = keys_SKTH.flatten(0, 1), values_SKTH.flatten(0, 1)
+        scores_BGT = torch.baddbmm(step.bias_B1T, q_BGH, keys_BTH.transpose(1, 2), alpha=self.scale)
+        return self.output(torch.bmm(scores_BGT.softmax(-1), values_BTH).view(num_slots, -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(n)) * up(n)) of the normalised input n, gate and up fused (Shazeer 2020, SwiGLU)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_up = norm_linear(x_TD, self.norm.weight, self.gate_up.weight, self.gate_up.bias, self.norm.eps)
+        return swiglu_linear(gate_up, self.down.weight, self.down.bias)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each reading the normalised residual stream and adding to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        x_TD = x_TD + self.attention(x_TD, rope, plan)
+        return x_TD + self.mlp(x_TD)
+
+
+_Ranges = Sequence[tuple[int, int, int]]
+"""(slot, start, end): the packed range that goes into a cache slot."""
+
+
+class _DecodeStep:
+    """What every layer of one decode step shares: where each slot writes, and how far it may look."""
+
+    def __init__(self, cache: KVCache, num_active: int) -> None:
+        cache.fit(int(cache.lengths_S.max()) + 1)
+        _, _, num_kv_heads, width, _ = cache.keys.shape
+        device = cache.keys.device
+        self.positions_S = cache.lengths_S[:num_active]
+        self.slots_S = torch.arange(num_active, device=device)
+        is_future_ST = torch.arange(width, device=device)[None, :] > self.positions_S[:, None]
+        bias_ST = torch.zeros(num_active, width, dtype=cache.keys.dtype, device=device)
+        bias_ST.masked_fill_(is_future_ST, float("-inf"))
+        self.bias_B1T = bias_ST.repeat_interleave(num_kv_heads, dim=0)[:, None]
+
+
+class Decoder(nn.Module):
+    """A causal language model over packed tokens. It returns hidden states; the caller decides which get a logit.
+
+    Weights of one kind are fused in memory (queries, keys and values; gate and up) and split again on disk.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.layers = cast(Sequence[Layer], layers)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head_bias: Tensor | None = None
+        self.logit_softcap: float | None = None
+        self.source_config: dict[str, Any] | None = None
+        """config.json and generation_config.json of the folder that it was loaded from, kept for the next one."""
+        self.source_generation_config: dict[str, Any] | None = None
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Not a buffer: casting the model to bf16 must leave the angles exact.
+        self._frequencies_H = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, D); the embedding itself when they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V). For training use objectives.linear_logprobs, which never holds all of it."""
+        return F.linear(hidden, self.lm_head_weight)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states after the final norm, shape (T, D); the head turns position t into the law of labels_T[t]."""
+        plan = AttentionPlan(batch.segments, dtype=self.dtype, device=self.device)
+        rope = self._rope(batch.position_ids_T())
+        x_TD = self.embedding(batch.token_ids_T)
+        for layer in self.layers:
+            x_TD = layer(x_TD, rope, plan)
+        return self.final_norm(x_TD)
+
+    def new_cache(self, *, num_slots: int, max_length: int) -> KVCache:
+        return KVCache(self.config, num_slots=num_slots, max_length=max_length, dtype=self.dtype, device=self.device)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[int]) -> Tensor:
+        """Run whole prompts into their cache slots; returns the last position's hidden state of each, (P, D)."""
+        assert isinstance(cache, KVCache)
+        segments = [Segment(trunk=len(prompt)) for prompt in prompts]
+        ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
+        ranges = [(slot, end - len(prompt), end) for slot, prompt, end in zip(slots, prompts, ends, strict=True)]
+        token_ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        position_ids_T = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.device)
+        cache.fit(max(int(cache.lengths_S.max()), *map(len, prompts)))
+        plan = AttentionPlan(segments, dtype=self.dtype, device=self.device)
+        rope = self._rope(position_ids_T)
+        x_TD = self.embedding(token_ids_T)
+        for layer in self.layers:
+            x_TD = x_TD + layer.attention.prefill(x_TD, rope, plan, cache, ranges)
+            x_TD = x_TD + layer.mlp(x_TD)
+        for slot, start, end in ranges:
+            cache.lengths_S[slot] = end - start
+        return self.final_norm(x_TD[torch.tensor(ends, device=self.device) - 1])
+
+    @torch.no_grad()
+    def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor:
+        """Append one token to each of the slots [0, S) and return their hidden states, (S, D)."""
+        assert isinstance(cache, KVCache)
+        num_active = token_ids_S.shape[0]
+        step = _DecodeStep(cache, num_active)
+        rope = self._rope(step.positions_S)
+        x_SD = self.embedding(token_ids_S)
+        for layer in self.layers:
+            x_SD = x_SD + layer.attention.decode(x_SD, rope, cache, step)
+            x_SD = x_SD + layer.mlp(x_SD)
+        cache.lengths_S[:num_active] += 1
+        return self.final_norm(x_SD)
+
+    def _rope(self, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (T, 1, H) in the model's dtype; angles are computed in float32."""
+        angles = position_ids_T[:, None].float() * self._frequencies_H.to(position_ids_T.device)
+        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+
+def init_model(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A decoder with fresh weights: N(0, 0.02), and N(0, 0.02 / sqrt(2 L)) for projections into the residual stream.
+
+    The narrower residual projections keep the stream's variance from growing with depth (Radford et al. 2019).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = Decoder(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            continue
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+            continue
+        is_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
+        nn.init.normal_(
+            parameter, std=0.02 / math.sqrt(2 * config.num_layers) if is_residual else 0.02, generator=generator
+        )
+    return model.to(dtype)

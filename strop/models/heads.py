@@ -1,0 +1,94 @@
+"""Scalar heads: a value for every position (PPO's critic), or a score for a whole text (reward models)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from strop.models.config import ModelConfig
+from strop.models.decoder import Decoder
+from strop.models.folders import MAX_SHARD_BYTES, check_folder, read_json
+from strop.models.huggingface import config_from_dict
+from strop.models.loading import read_module, write_module
+from strop.types import PackedBatch
+
+
+class ScalarModel(nn.Module):
+    """A decoder whose head gives one number per position instead of logits.
+
+    On disk it is a Hugging Face sequence classifier with one label, whose score transformers reads at the last token
+    that is not padding.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Decoder(config)
+        self.backbone.head = None
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.source_config: dict[str, Any] | None = None
+        self.source_generation_config: dict[str, Any] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def scores_T(self, batch: PackedBatch) -> Tensor:
+        """float32, shape (T,): the score of the text up to and including each packed token."""
+        return (self.backbone.hidden(batch) @ self.score.weight[0]).float()
+
+
+def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
+    """A copy of the decoder with a fresh head from N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020, appendix B.1)."""
+    scalar = ScalarModel(model.config).to(device=model.device, dtype=model.dtype)
+    scalar.source_config, scalar.source_generation_config = model.source_config, model.source_generation_config
+    backbone = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    scalar.backbone.load_state_dict(backbone)
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    with torch.no_grad():
+        scalar.score.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
+    return scalar
+
+
+def load_scalar_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", frozen: bool = False
+) -> ScalarModel:
+    """The value or reward model in a sequence-classification folder; arguments and errors as load_model."""
+    folder = Path(folder)
+    check_folder(folder)
+    config = config_from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    model = read_module(ScalarModel, config, folder, dtype=dtype, device=device)
+    if frozen:
+        model.requires_grad_(False).eval()
+    return model
+
+
+def save_scalar_model(
+    model: ScalarModel,
+    folder: str | Path,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the folder that load_scalar_model and AutoModelForSequenceClassification open; `weights` as save_model."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_module(
+        model,
+        model.config,
+        folder,
+        task="SequenceClassification",
+        extra_config={"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+        weights=weights,
+        max_shard_bytes=max_shard_bytes,
+    )

@@ -1,0 +1,28 @@
+"""A model and a packed batch -> log-probabilities of the labels that count: the way of every stage and every eval."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from strop.models.interface import CausalLM
+from strop.objectives.logprobs import linear_logprobs
+from strop.types import PackedBatch
+
+
+def packed_logprobs(
+    model: CausalLM, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """(logprobs_R, entropy_R or None), float32: one value per True of loss_mask_T, in packed order.
+
+    The head runs on those positions only and never holds more than a chunk of (R, V).
+    """
+    hidden_TD = model.hidden(batch)
+    return linear_logprobs(
+        hidden_TD[batch.loss_mask_T],
+        model.lm_head_weight,
+        batch.labels_T[batch.loss_mask_T],
+        temperature=temperature,
+        bias_V=model.head_bias,
+        softcap=model.logit_softcap,
+        with_entropy=with_entropy,
+    )

@@ -1,0 +1,41 @@
+"""What every stage does before its first step: check its numbers, and settle the dtype."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from strop.models import choose_dtype
+from strop.models.precision import DTYPES
+from strop.optim import OptimizerConfig
+from strop.runs import Start
+
+
+def at_least(config: Any, minimum: float, *fields: str, prefix: str = "") -> None:
+    """ValueError naming the first of the config's fields that is below the minimum (or nan)."""
+    for field in fields:
+        value = getattr(config, field)
+        if not value >= minimum:
+            raise ValueError(f"{prefix}{field}={value} must be at least {minimum}")
+
+
+def check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
+    """ValueError for a schedule that does not fit into the run, and for numbers that no update can use."""
+    at_least(optimizer, 0, "lr", "weight_decay", prefix="optimizer.")
+    at_least(optimizer, 1, "max_skipped_steps", prefix="optimizer.")
+    if not math.isfinite(optimizer.lr):
+        raise ValueError(f"optimizer.lr={optimizer.lr} is not finite")
+    if not optimizer.max_grad_norm > 0:
+        raise ValueError(f"optimizer.max_grad_norm={optimizer.max_grad_norm} must be above 0; inf never clips")
+    try:
+        optimizer.lr_at(0, num_steps)
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from None
+
+
+def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
+    """The run's compute dtype: measured once for "auto", and the same ever after."""
+    name = start.settle("dtype", lambda: str(choose_dtype(requested, device)).removeprefix("torch."))
+    return DTYPES[name]

@@ -1,0 +1,610 @@
+"""GRPO: reinforcement learning without a critic. A group of answers to one prompt is its own baseline.
+
+    act      sample group_size completions per prompt from the policy
+    reward   let the rewards judge them
+    update   raise the probability of what beat its group, lower the rest
+
+The family (Dr. GRPO, DAPO, GSPO, CISPO, SAPO, RLOO, REINFORCE++ ...) is a choice of advantage, loss, aggregation and
+KL, all in Config; docs/grpo.md has the table.
+
+Shape suffixes: P prompts, G group, B completions, T label positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from strop.data import TaskBatches, load_rows, tasks_from_rows
+from strop.evals.tasks import evaluate_tasks
+from strop.generation import Engine
+from strop.models import CausalLM, load_model, save_model
+from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
+from strop.objectives.aggregate import (
+    Aggregation,
+    masked_sum,
+    sequence_mean,
+    sequence_sum,
+    step_denominator,
+    token_weights,
+)
+from strop.objectives.kl import kl_k1, kl_k2, kl_k3, kl_k3_plus
+from strop.objectives.policy_gradient import (
+    cispo_loss,
+    clipped_policy_loss,
+    clipped_tokens,
+    gspo_token_loss,
+    masked_importance_weights,
+    overlong_penalty,
+    reinforce_loss,
+    sapo_loss,
+    truncated_importance_weights,
+)
+from strop.optim import AdamW, DivergedError, OptimizerConfig, SkippedSteps, optimizer_step
+from strop.rewards.base import WeightedRewards
+from strop.rewards.config import RewardConfig
+from strop.rewards.load import load_rewards
+from strop.rollouts.averages import Averages
+from strop.rollouts.batch import RolloutBatch, collate_rollouts
+from strop.rollouts.groups import Group, roll_out
+from strop.rollouts.logprobs import frozen_logprobs, token_logprobs
+from strop.rollouts.prompts import Sampling, encode_prompts
+from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
+from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype
+from strop.tokenizer import Tokenizer
+from strop.types import Task
+
+ENGINE_GAP_ALARM = 1.05
+"""Mean of exp(|engine's logprob - trainer's|) per token from which a run warns; 1.02 is usual in bfloat16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out pass@1 of the first reward, before the first step, while training and after the last."""
+
+    tasks: str = ""
+    """A source of tasks as `tasks`; empty = no evaluation."""
+    every: int = 50
+    """Steps between evaluations."""
+    max_tasks: int = 200
+    """Only the first so many."""
+    num_samples: int = 1
+    """Answers per task, at the training temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Group Relative Policy Optimization (Shao et al. 2024) and its relatives."""
+
+    init_from: str
+    """Where to start: RUN, RUN/STEP or a Hugging Face folder (`from` in a recipe, --from on the command line)."""
+    tasks: str
+    """Prompts with what the rewards need: JSONL, Parquet, CSV or hf:NAME; the column `prompt` is text or messages."""
+    rewards: tuple[RewardConfig, ...]
+    """Where the reward comes from: a weighted sum of functions of (task, completion)."""
+    num_steps: int
+    """Rollouts; each is followed by its updates."""
+    prompts_per_step: int = 8
+    """Prompts per rollout (P)."""
+    group_size: int = 8
+    """Completions per prompt (G)."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the policy acts."""
+
+    advantage: Literal["group", "leave_one_out", "batch"] = "group"
+    """What a reward is compared with: its group's mean, the others of its group (RLOO), or the batch (REINFORCE++)."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """Whether a group's advantages are divided by its standard deviation (GRPO) or not (Dr. GRPO)."""
+    loss: Literal["clip", "sequence_clip", "cispo", "sapo", "reinforce"] = "clip"
+    """The surrogate: PPO's clip per token, GSPO's per sequence, CISPO, SAPO, or REINFORCE."""
+    clip_low: float = 0.2
+    """Lower bound of the ratio is 1 - clip_low."""
+    clip_high: float = 0.2
+    """Upper bound of the ratio is 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
+    dual_clip: float | None = None
+    """With loss = "clip": bounds the loss of A < 0 by so many |A|."""
+    aggregation: Aggregation = "token_mean"
+    """How tokens add up: token_mean (DAPO), seq_mean_token_mean (GRPO), token_sum_norm (Dr. GRPO), or RLOO's."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference, the checkpoint that the run started from. 0 = no reference is loaded."""
+    kl_placement: Literal["loss", "reward"] = "loss"
+    """In the loss of every token, or subtracted from the completion's reward."""
+    kl_estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3"
+    """In the loss: k3 (GRPO), k2 or k3_plus (whose gradients are unbiased). In the reward it must be k1."""
+    reference_refresh_steps: int = 0
+    """So many steps after which the policy becomes the new reference (R1: 400). 0 = never."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus per token."""
+
+    epochs_per_rollout: int = 1
+    """Times that the updates go over one rollout."""
+    minibatch_prompts: int = 0
+    """Prompts per update, a divisor of prompts_per_step; 0 = all of the rollout in one."""
+    importance_correction: Literal["none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask"] = (
+        "none"
+    )
+    """Corrects for an engine that samples from a slightly different policy than the trainer's (TIS, IcePop)."""
+    importance_cap: float = 2.0
+    """Truncation bound of the importance weight; masking keeps [1 / cap, cap]."""
+    dynamic_sampling: bool = False
+    """Sample new prompts in place of groups whose rewards are all equal (DAPO)."""
+    max_sampling_rounds: int = 10
+    """Rounds of dynamic sampling per step; then the step goes on with the groups that it has."""
+    overlong_buffer: int = 0
+    """Tokens before max_new_tokens over which overlong_weight of reward is gradually lost (DAPO). 0 = off."""
+    overlong_weight: float = 0.5
+    """The reward lost by a completion that reaches max_new_tokens, with an overlong_buffer."""
+    mask_truncated: bool = False
+    """Leave completions without a stop out of the loss; they still count in their group's statistics."""
+
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
+    """AdamW and its schedule; its steps are rollouts."""
+    micro_batch_tokens: int = 2048
+    """Tokens per forward and backward pass, each prompt once per group: bounds the memory, not the result."""
+    num_slots: int = 64
+    """Completions decoded at the same time."""
+    eval: Evaluation = field(default_factory=Evaluation)
+    """Held-out evaluation."""
+    samples_per_step: int = 8
+    """Completions per step written to samples.jsonl."""
+    save_every: int = 50
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = 2
+    """Older ones are deleted."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype of rollouts and training; auto measures. The weights that learn are float32 in any case."""
+    device: str = "cpu"
+    """A torch device."""
+    seed: int = 0
+    """Decides prompts, samples and minibatches."""
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError('rewards is empty: name at least one, for example rewards = [{ name = "math" }]')
+        at_least(self, 1, "num_steps", "prompts_per_step", "group_size", "epochs_per_rollout", "max_sampling_rounds")
+        at_least(self, 1, "micro_batch_tokens", "num_slots", "save_every", "keep_checkpoints", "importance_cap")
+        at_least(self, 0, "clip_low", "clip_high", "kl_coef", "reference_refresh_steps", "minibatch_prompts")
+        at_least(self, 0, "overlong_buffer", "samples_per_step", "seed")
+        at_least(self.eval, 1, "every", "max_tasks", "num_samples", prefix="eval.")
+        at_least(self.sampling, 1, "max_new_tokens", prefix="sampling.")
+        check_optimizer(self.optimizer, self.num_steps)
+        if not self.sampling.temperature > 0:
+            raise ValueError("sampling.temperature must be above 0: greedy samples of one prompt are all the same")
+        if self.group_size < 2 and self.advantage != "batch":
+            raise ValueError(f'advantage = "{self.advantage}" needs group_size >= 2 (or use advantage = "batch")')
+        if self.dual_clip is not None and self.loss != "clip":
+            raise ValueError(f'dual_clip only acts on loss = "clip", not on "{self.loss}": remove it')
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip={self.dual_clip} must be above 1: it bounds a ratio from above (usually 3)")
+        if self.loss == "reinforce" and self.epochs_per_rollout > 1:
+            raise ValueError('loss = "reinforce" has no ratio, so that a second epoch would be off-policy: use "clip"')
+        if self.advantage_scale == "none" and self.advantage == "batch":
+            raise ValueError('advantage = "batch" always divides by the batch\'s deviation: leave advantage_scale out')
+        if self.advantage == "leave_one_out" and self.advantage_scale == "std":
+            raise ValueError('advantage = "leave_one_out" is not scaled: set advantage_scale = "none"')
+        if self.kl_placement == "reward" and self.kl_estimator != "k1" and self.kl_coef:
+            raise ValueError('kl_placement = "reward" needs kl_estimator = "k1", the unbiased one')
+        if self.kl_placement == "loss" and self.kl_estimator == "k1" and self.kl_coef:
+            raise ValueError('k1 in the loss has no effect on average: use kl_estimator = "k2", "k3" or "k3_plus"')
+        if self.reference_refresh_steps and not self.kl_coef:
+            raise ValueError("reference_refresh_steps has no effect without kl_coef: set kl_coef, or remove it")
+        if self.overlong_buffer > self.sampling.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is longer than "
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens}: lower it"
+            )
+        if self.minibatch_prompts and self.prompts_per_step % self.minibatch_prompts:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} is not divisible by "
+                f"minibatch_prompts={self.minibatch_prompts}: a smaller last update would count as much as the others"
+            )
+        if self.dynamic_sampling and self.group_size < 2:
+            raise ValueError("dynamic_sampling needs group_size >= 2: a group of one always looks flat")
+
+    @property
+    def updates_share_a_rollout(self) -> bool:
+        """Whether old logprobs differ from the current ones at some update, so that they must be kept."""
+        is_split = 0 < self.minibatch_prompts < self.prompts_per_step
+        return self.epochs_per_rollout > 1 or is_split
+
+    def describe(self) -> str:
+        """Which GRPO this is, in one line."""
+        kl = f"{self.kl_coef} {self.kl_estimator} in the {self.kl_placement}" if self.kl_coef else "none"
+        updates = f"{self.epochs_per_rollout} epoch(s) of {self.minibatch_prompts or self.prompts_per_step} prompts"
+        return (
+            f"{self.prompts_per_step} prompts x {self.group_size} samples; advantage {self.advantage}, scale "
+            f"{self.advantage_scale}; loss {self.loss} [1-{self.clip_low}, 1+{self.clip_high}]; {self.aggregation}; "
+            f"KL {kl}; {updates}; importance correction {self.importance_correction}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """Everything that one step needs and that outlives it."""
+
+    policy: CausalLM
+    reference: CausalLM | None
+    tokenizer: Tokenizer
+    engine: Engine
+    reward: WeightedRewards
+    optimizer: AdamW
+    prompt_ids: dict[str, tuple[int, ...]]
+    """Task id -> the tokens of its prompt."""
+
+
+def grpo_step(
+    actors: Actors, tasks: TaskBatches, config: Config, step: int
+) -> tuple[dict[str, float], list[Group], RolloutBatch]:
+    """One rollout and its updates; step counts from 1. Returns metrics, the groups, and the batch for samples.jsonl."""
+    started = time.perf_counter()
+    groups, sampled = sample_groups(actors, tasks, config, step)
+    rollout_ended = time.perf_counter()
+    batch, counted_B = make_batch(actors, groups, config)
+    averages = Averages()
+    shuffle = generator(config.seed, "minibatches", step)
+    num_updates, num_skipped, norms = 0, 0, []
+    for _ in range(config.epochs_per_rollout):
+        for rows in minibatch_rows(batch, config.minibatch_prompts, shuffle):
+            counted = [row for row in rows if counted_B[row]]
+            denominator = step_denominator(
+                config.aggregation,
+                num_sequences=len(counted),
+                num_tokens=sum(len(batch.completions[row]) for row in counted),
+                max_tokens=config.sampling.max_new_tokens,
+            )
+            for micro in batch.select(learning_rows(batch, counted, config)).split(config.micro_batch_tokens):
+                loss = micro_loss(actors.policy, micro, config, denominator, averages)
+                loss.backward()
+            lr = config.optimizer.lr_at(step - 1, config.num_steps)
+            report = optimizer_step(actors.optimizer, lr=lr, max_grad_norm=config.optimizer.max_grad_norm)
+            num_updates += not report.is_skipped
+            # No learning row at all (every group flat) is not a fault of the gradient.
+            num_skipped += not math.isfinite(report.grad_norm)
+            norms.append(report.grad_norm)
+    ended = time.perf_counter()
+    num_tokens = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
+    metrics = rollout_metrics(sampled, actors.reward.names)
+    metrics |= averages.result() | {
+        "groups": len(groups),
+        "grad_norm": sum(norms) / len(norms),
+        "lr": config.optimizer.lr_at(step - 1, config.num_steps),
+        "updates": num_updates,
+        "skipped": num_skipped,
+        "num_tokens": num_tokens,
+        "time/step_seconds": ended - started,
+        "time/rollout_seconds": rollout_ended - started,
+        "time/update_seconds": ended - rollout_ended,
+        "time/tokens_per_second": num_tokens / (ended - started),
+    }
+    return metrics, groups, batch
+
+
+def sample_groups(actors: Actors, tasks: TaskBatches, config: Config, step: int) -> tuple[list[Group], list[Group]]:
+    """prompts_per_step groups to train on, and all that were sampled for them.
+
+    Dynamic sampling replaces flat groups by new prompts, exactly as many as are missing, so that nothing is left over
+    for the next step and a checkpoint between steps holds everything.
+    """
+    kept: list[Group] = []
+    sampled: list[Group] = []
+    for sampling_round in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
+        missing = config.prompts_per_step - len(kept)
+        chosen = [next(tasks)[0] for _ in range(missing)]
+        groups = roll_out(
+            actors.engine,
+            actors.reward,
+            chosen,
+            [actors.prompt_ids[task.id] for task in chosen],
+            group_size=config.group_size,
+            sampling=config.sampling.params(actors.tokenizer),
+            seed=derive_seed(config.seed, "rollout", step, sampling_round),
+        )
+        sampled += groups
+        kept += [group for group in groups if not (config.dynamic_sampling and group.is_flat)]
+        if len(kept) == config.prompts_per_step:
+            break
+    # Where all were flat the step has no update, but samples to show.
+    return (kept or sampled[: config.prompts_per_step]), sampled
+
+
+def make_batch(actors: Actors, groups: Sequence[Group], config: Config) -> tuple[RolloutBatch, list[bool]]:
+    """The groups as a batch with advantages, and which rows count: judged, and not masked for being truncated.
+
+    Reference logprobs are taken where the loss or the reward needs them, old ones where updates share a rollout.
+    """
+    batch = collate_rollouts(
+        [group.prompt_ids for group in groups],
+        [group.completions for group in groups],
+        device=actors.policy.device,
+    )
+    options = {"temperature": config.sampling.temperature, "max_tokens": config.micro_batch_tokens}
+    is_kl_reward = config.kl_coef != 0 and config.kl_placement == "reward"
+    if config.updates_share_a_rollout or is_kl_reward:
+        batch = batch.replace(old_logprobs_BT=frozen_logprobs(actors.policy, batch, **options))
+    if actors.reference is not None:
+        batch = batch.replace(ref_logprobs_BT=frozen_logprobs(actors.reference, batch, **options))
+    rewards_PG = torch.tensor([group.rewards for group in groups])
+    valid_PG = torch.tensor([[score.is_valid for score in group.scores] for group in groups])
+    is_truncated_PG = torch.tensor([[c.finish_reason == "length" for c in group.completions] for group in groups])
+    if config.overlong_buffer:
+        lengths_PG = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in groups])
+        penalty_PG = overlong_penalty(
+            lengths_PG, max_length=config.sampling.max_new_tokens, buffer=config.overlong_buffer
+        )
+        rewards_PG = rewards_PG + config.overlong_weight * penalty_PG
+    if is_kl_reward:
+        assert batch.old_logprobs_BT is not None and batch.ref_logprobs_BT is not None
+        kl_BT = kl_k1(batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.response_mask_BT)
+        rewards_PG = rewards_PG - config.kl_coef * sequence_sum(kl_BT, batch.response_mask_BT).view_as(rewards_PG).cpu()
+    advantages_PG = compute_advantages(rewards_PG, valid_PG, config)
+    advantages_BT = advantages_PG.flatten()[:, None].expand(batch.response_mask_BT.shape).to(actors.policy.device)
+    counted_PG = valid_PG & ~is_truncated_PG if config.mask_truncated else valid_PG
+    return batch.replace(advantages_BT=advantages_BT), counted_PG.flatten().tolist()
+
+
+def compute_advantages(rewards_PG: Tensor, valid_PG: Tensor, config: Config) -> Tensor:
+    """How much better than expected each completion did, (P, G); 0 for one whose verifier broke."""
+    if config.advantage == "leave_one_out":
+        return leave_one_out_advantages(rewards_PG, valid_PG)
+    if config.advantage == "batch":
+        # Of equal rewards whitening leaves a rounding error, which Adam would scale up to a full step.
+        if len(rewards_PG[valid_PG].unique()) < 2:
+            return torch.zeros_like(rewards_PG)
+        return batch_advantages(rewards_PG, valid_PG)
+    return group_advantages(rewards_PG, valid_PG, scale=config.advantage_scale)
+
+
+def minibatch_rows(batch: RolloutBatch, num_prompts: int, shuffle: torch.Generator) -> list[list[int]]:
+    """Rows of each update, whole groups in random order; 0 prompts = one update with all rows."""
+    prompts = sorted(set(batch.prompt_of_row))
+    order = [prompts[index] for index in torch.randperm(len(prompts), generator=shuffle).tolist()]
+    size = num_prompts or len(order)
+    parts = [set(order[start : start + size]) for start in range(0, len(order), size)]
+    return [[row for row, prompt in enumerate(batch.prompt_of_row) if prompt in part] for part in parts]
+
+
+def learning_rows(batch: RolloutBatch, rows: Sequence[int], config: Config) -> list[int]:
+    """Those rows that have a gradient. An advantage of 0 has none, unless a KL or entropy term gives it one.
+
+    Rows left out here stay in the denominator: skipping them saves their forward pass and changes nothing else.
+    """
+    if (config.kl_coef and config.kl_placement == "loss") or config.entropy_coef:
+        return list(rows)
+    assert batch.advantages_BT is not None
+    has_gradient = (batch.advantages_BT != 0).any(1).tolist()
+    return [row for row in rows if has_gradient[row]]
+
+
+def micro_loss(policy: CausalLM, micro: RolloutBatch, config: Config, denominator: int, averages: Averages) -> Tensor:
+    """This micro-batch's share of the update's loss."""
+    mask_BT = micro.response_mask_BT
+    assert micro.advantages_BT is not None
+    logprobs_BT, entropy_BT = token_logprobs(policy, micro, temperature=config.sampling.temperature, with_entropy=True)
+    assert entropy_BT is not None
+    # With a single update per rollout the policy has not moved yet: these are the old logprobs.
+    old_BT = logprobs_BT.detach() if micro.old_logprobs_BT is None else micro.old_logprobs_BT
+    loss_BT = surrogate(logprobs_BT, old_BT, micro.advantages_BT, mask_BT, config)
+    if config.importance_correction != "none":
+        weights_BT = importance_weights(old_BT, micro.sampling_logprobs_BT, mask_BT, config)
+        loss_BT = loss_BT * weights_BT
+        averages.add("importance_weight", weights_BT, mask_BT)
+    if config.entropy_coef:
+        loss_BT = loss_BT - config.entropy_coef * entropy_BT
+    if micro.ref_logprobs_BT is not None:
+        if config.kl_placement == "loss":
+            estimator = {"k2": kl_k2, "k3": kl_k3, "k3_plus": kl_k3_plus}[config.kl_estimator]
+            loss_BT = loss_BT + config.kl_coef * estimator(logprobs_BT, micro.ref_logprobs_BT, mask_BT)
+        averages.add("kl", kl_k3(logprobs_BT.detach(), micro.ref_logprobs_BT, mask_BT), mask_BT)
+    averages.add("entropy", entropy_BT, mask_BT)
+    update_metrics(averages, logprobs_BT.detach(), old_BT, micro, config)
+    return masked_sum(loss_BT, mask_BT, denominator, weights_BT=token_weights(mask_BT, config.aggregation))
+
+
+def surrogate(logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, config: Config) -> Tensor:
+    """The policy-gradient loss of each token, unreduced."""
+    low, high = config.clip_low, config.clip_high
+    if config.loss == "clip":
+        return clipped_policy_loss(
+            logprobs_BT, old_BT, advantages_BT, mask_BT, clip_low=low, clip_high=high, dual_clip=config.dual_clip
+        )
+    if config.loss == "sequence_clip":
+        return gspo_token_loss(logprobs_BT, old_BT, advantages_BT, mask_BT, clip_low=low, clip_high=high)
+    if config.loss == "cispo":
+        return cispo_loss(logprobs_BT, old_BT, advantages_BT, mask_BT, ratio_max=1 + high, ratio_min=max(0.0, 1 - low))
+    if config.loss == "sapo":
+        return sapo_loss(logprobs_BT, old_BT, advantages_BT, mask_BT)
+    return reinforce_loss(logprobs_BT, advantages_BT, mask_BT)
+
+
+def importance_weights(old_BT: Tensor, sampling_BT: Tensor, mask_BT: Tensor, config: Config) -> Tensor:
+    """What makes samples of the engine count as samples of the trainer's policy."""
+    level, _, how = config.importance_correction.partition("_")
+    assert level in ("token", "sequence")
+    cap = config.importance_cap
+    if how == "truncate":
+        return truncated_importance_weights(old_BT, sampling_BT, mask_BT, level=level, cap=cap)
+    return masked_importance_weights(old_BT, sampling_BT, mask_BT, level=level, low=1 / cap, high=cap)
+
+
+@torch.no_grad()
+def update_metrics(
+    averages: Averages, logprobs_BT: Tensor, old_BT: Tensor, micro: RolloutBatch, config: Config
+) -> None:
+    """How far the policy moved within this rollout, and how far the engine is from the trainer.
+
+    clipped_*: tokens whose gradient the loss removed (clip, sequence_clip) or whose weight it bounded (cispo); other
+    losses have none. ratio is the one that is clipped: with sequence_clip the sequence's.
+    """
+    mask_BT = micro.response_mask_BT
+    assert micro.advantages_BT is not None
+    log_ratio_BT = logprobs_BT - old_BT
+    if config.loss == "sequence_clip":
+        log_ratio_BT = sequence_mean(log_ratio_BT, mask_BT)[:, None].expand_as(log_ratio_BT)
+    ratio_BT = log_ratio_BT.exp()
+    averages.add("ratio", ratio_BT, mask_BT)
+    averages.maximum("ratio_max", ratio_BT, mask_BT)
+    if config.loss in ("clip", "sequence_clip"):
+        low, high = config.clip_low, config.clip_high
+        zeros_BT = torch.zeros_like(log_ratio_BT)
+        is_low_BT, is_high_BT = clipped_tokens(
+            log_ratio_BT, zeros_BT, micro.advantages_BT, mask_BT, clip_low=low, clip_high=high
+        )
+        averages.add("clipped_low", is_low_BT, mask_BT)
+        averages.add("clipped_high", is_high_BT, mask_BT)
+    elif config.loss == "cispo":
+        averages.add("clipped_low", ratio_BT < 1 - config.clip_low, mask_BT)
+        averages.add("clipped_high", ratio_BT > 1 + config.clip_high, mask_BT)
+    if config.dual_clip is not None:
+        averages.add("clipped_dual", (ratio_BT > config.dual_clip) & (micro.advantages_BT < 0), mask_BT)
+    gap_BT = (old_BT - micro.sampling_logprobs_BT).abs()
+    averages.add("engine_gap", gap_BT, mask_BT)
+    averages.add("engine_gap_exp", gap_BT.exp(), mask_BT)
+    averages.maximum("engine_gap_max", gap_BT, mask_BT)
+
+
+def evaluate(actors: Actors, tasks: Sequence[Task], config: Config) -> dict[str, float]:
+    """Held-out figures of the first reward, as eval/NAME. The seed is always the same: only the policy changes."""
+    report = evaluate_tasks(
+        actors.engine,
+        actors.tokenizer,
+        tasks,
+        actors.reward.first,
+        sampling=config.sampling.params(actors.tokenizer),
+        num_samples=config.eval.num_samples,
+        seed=derive_seed(config.seed, "eval"),
+    )
+    return {f"eval/{name}": value for name, value in report.metrics.items()}
+
+
+def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
+    """Reinforce; returns the run folder. Raises ValueError for bad input, DivergedError when updates keep failing."""
+    task_rows = load_rows(config.tasks)
+    eval_rows = load_rows(config.eval.tasks) if config.eval.tasks else None
+    hashes = {"tasks": task_rows.content_hash} | ({"eval": eval_rows.content_hash} if eval_rows is not None else {})
+    train_tasks = tasks_from_rows(task_rows)
+    eval_tasks = tasks_from_rows(eval_rows)[: config.eval.max_tasks] if eval_rows is not None else []
+    with load_rewards(config.rewards) as reward:
+        reward.check_tasks([*train_tasks, *eval_tasks])
+        start = start_run(
+            runs_dir, name, stage="grpo", config=config, init_from=config.init_from, data_hashes=hashes,
+            seed=config.seed, resume=resume, keeps_parent=config.kl_coef != 0,
+        )  # fmt: skip
+        with start, Interrupt() as interrupt:
+            _train(config, start, interrupt, reward, train_tasks, eval_tasks)
+    return start.run.path
+
+
+def _train(
+    config: Config,
+    start: Start,
+    interrupt: Interrupt,
+    reward: WeightedRewards,
+    train_tasks: Sequence[Task],
+    eval_tasks: Sequence[Task],
+) -> None:
+    run = start.run
+    tokenizer = Tokenizer.load(start.model_folder)
+    dtype = chosen_dtype(start, config.dtype, config.device)
+    policy = load_model(start.model_folder, dtype=dtype, device=config.device)
+    tokenizer.check_fits(policy.config.vocab_size)
+    reference = None
+    if config.kl_coef:
+        assert start.parent is not None
+        reference = load_model(start.parent.path, dtype=dtype, device=config.device, frozen=True)
+    limit = policy.config.max_position_embeddings
+    prompt_ids = encode_prompts(train_tasks, tokenizer, config.sampling.max_new_tokens, limit)
+    encode_prompts(eval_tasks, tokenizer, config.sampling.max_new_tokens, limit)
+    tasks = TaskBatches(train_tasks, batch_size=1, seed=derive_seed(config.seed, "tasks"))
+    actors = Actors(
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        engine=Engine(policy, tokenizer, num_slots=config.num_slots),
+        reward=reward,
+        optimizer=config.optimizer.build(policy.named_parameters()),
+        prompt_ids=prompt_ids,
+    )
+    skipped = SkippedSteps(config.optimizer.max_skipped_steps)
+    restore(start, actors, tasks, skipped)
+    if start.resumed is None:
+        print(config.describe(), flush=True)
+        if eval_tasks:
+            run.log(0, evaluate(actors, eval_tasks, config))
+    with Progress("grpo", total_steps=config.num_steps, start_step=start.step) as progress:
+        for step in range(start.step + 1, config.num_steps + 1):
+            is_last = step == config.num_steps
+            try:
+                metrics, groups, batch = grpo_step(actors, tasks, config, step)
+                if eval_tasks and (is_last or step % config.eval.every == 0):
+                    metrics |= evaluate(actors, eval_tasks, config)
+            except FloatingPointError as error:
+                raise DivergedError(
+                    f"step {step}: {error}. If the checkpoint that the run started from is sound, the updates "
+                    "broke it: lower optimizer.lr or lengthen the warm-up"
+                ) from error
+            if metrics.get("engine_gap_exp", 1.0) > ENGINE_GAP_ALARM:
+                warnings.warn(
+                    "the engine's logprobs are far from the trainer's (engine_gap_exp in metrics.jsonl): set "
+                    'importance_correction = "token_truncate", or dtype = "float32"',
+                    stacklevel=2,
+                )
+            run.log(step, metrics | {"epoch": tasks.epoch})
+            run.log_samples(step, sample_rows(actors.tokenizer, groups, batch, config.samples_per_step))
+            skipped.record(
+                bool(metrics["skipped"]),
+                lambda groups=groups, batch=batch: save_failed_rollout(run.path, actors.tokenizer, groups, batch),
+            )
+            if config.reference_refresh_steps and step % config.reference_refresh_steps == 0:
+                refresh_reference(actors)
+            if is_last or step % config.save_every == 0 or interrupt.is_requested:
+                save(run, step, actors, tasks, skipped, config)
+            progress.update(step, {"reward": metrics["reward"], "tokens/s": metrics["time/tokens_per_second"]})
+            if interrupt.is_requested and not is_last:
+                interrupt.exit()
+
+
+def refresh_reference(actors: Actors) -> None:
+    """The policy of this moment becomes the reference."""
+    assert actors.reference is not None
+    with torch.no_grad():
+        for old, new in zip(actors.reference.parameters(), actors.policy.parameters(), strict=True):
+            old.copy_(new)
+
+
+def save(run: RunFolder, step: int, actors: Actors, tasks: TaskBatches, skipped: SkippedSteps, config: Config) -> None:
+    """A checkpoint between two steps. No rollout is ever half used there: a step is a rollout with all its updates."""
+
+    def write_model(folder: Path) -> None:
+        save_model(actors.policy, folder)
+        actors.tokenizer.save(folder)
+
+    tensors = actors.optimizer.state_dict()
+    if actors.reference is not None and config.reference_refresh_steps:
+        tensors |= {f"reference.{name}": value for name, value in actors.reference.named_parameters()}
+    state = {"tasks": tasks.state_dict(), "skipped": skipped.state_dict()}
+    run.save_checkpoint(step, write_model, tensors, state, keep_last=config.keep_checkpoints)
+
+
+def restore(start: Start, actors: Actors, tasks: TaskBatches, skipped: SkippedSteps) -> None:
+    """Put back what `save` kept in the run's newest checkpoint, if there is one."""
+    saved = start.training_state()
+    if saved is None:
+        return
+    tensors, state = saved
+    reference = {name: tensors.pop(name) for name in list(tensors) if name.startswith("reference.")}
+    if reference and actors.reference is not None:
+        with torch.no_grad():
+            for name, parameter in actors.reference.named_parameters():
+                parameter.copy_(reference[f"reference.{name}"])
+    actors.optimizer.load_state_dict(tensors)
+    tasks.load_state_dict(state["tasks"])
+    skipped.load_state_dict(state["skipped"])
