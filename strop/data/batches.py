@@ -14,13 +14,13 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 
 from strop.data.examples import Example
-from strop.data.packing import pack, pack_in_windows
+from strop.data.packing import fill, pack
 from strop.data.shards import TokenShards
 from strop.types import PackedBatch, Task
 
 Batch = TypeVar("Batch")
 
-_ORDER, _MIXTURE, _BATCHES = 0, 1, 2
+_ORDER, _MIXTURE = 0, 1
 """Purposes of a random generator, so that no two draw the same numbers."""
 
 
@@ -124,7 +124,7 @@ class PackedBatches(Batches[PackedBatch]):
             if batch_size is not None:
                 return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
             assert batch_tokens is not None
-            return _packed_plan(order, lengths, batch_tokens, seed=seed, epoch=epoch, shuffle=shuffle)
+            return fill(order, lengths, batch_tokens)
 
         super().__init__(plan, self._pack, _fingerprint(lengths, "packed", batch_tokens, batch_size, seed, shuffle))
 
@@ -179,7 +179,7 @@ class PretrainBatches(Batches[PackedBatch]):
 
         def plan(epoch: int) -> list[np.ndarray]:
             order = epoch_order(counts, draws, seed=seed, epoch=epoch, shuffle=True)
-            return _packed_plan(order, lengths, batch_tokens, seed=seed, epoch=epoch, shuffle=True)
+            return fill(order, lengths, batch_tokens)
 
         settings = ("pretrain", batch_tokens, context_length, seed, draws, shards.tokenizer_hash)
         hashes = [source.content_hash for source in shards.sources]
@@ -245,17 +245,6 @@ def epoch_order(counts: Sequence[int], draws: Sequence[int], *, seed: int, epoch
     if shuffle and len(parts) > 1:
         order = np.random.default_rng([seed, _MIXTURE, epoch]).permutation(order)
     return order
-
-
-def _packed_plan(
-    order: np.ndarray, lengths: np.ndarray, batch_tokens: int, *, seed: int, epoch: int, shuffle: bool
-) -> list[np.ndarray]:
-    batches = pack_in_windows(order, lengths, batch_tokens)
-    if not shuffle:
-        return batches
-    # Best-fit-decreasing begins with the batches of long documents; training must not see lengths in order.
-    shuffled = np.random.default_rng([seed, _BATCHES, epoch]).permutation(len(batches))
-    return [batches[index] for index in shuffled]
 
 
 def _chunks(starts: np.ndarray, lengths: np.ndarray, context_length: int) -> tuple[np.ndarray, np.ndarray]:

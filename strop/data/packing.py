@@ -5,16 +5,12 @@ T is the number of label positions; an example of n tokens takes n - 1 of them.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
 from strop.types import PackedBatch, Segment
-
-WINDOW = 2048
-"""Documents packed together. A larger one fills batches a little better and ties a document's company to its length."""
 
 
 def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> PackedBatch:
@@ -74,42 +70,19 @@ def split_packed(batch: PackedBatch, max_tokens: int) -> list[PackedBatch]:
     ]
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of item numbers, each holding at most `capacity` in sum: best-fit-decreasing.
+def fill(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """All items of `order` in runs of at most `capacity` in sum, each as long as it can be: the order is kept.
 
-    Longest first, each into the fullest bin that still takes it: at most 11/9 of the optimal number of bins (+1).
-    Items inside a bin are in the order of their numbers.
+    Since nothing is padded, a batch that is not quite full costs nothing. Packing by length instead would sort like
+    with like: a batch of one source only is a biased sample of the mixture.
     """
-    bins: list[list[int]] = []
-    free: list[tuple[int, int]] = []
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        length = lengths[item]
-        assert length <= capacity, (item, length, capacity)
-        place = bisect_left(free, (length, 0))
-        if place < len(free):
-            left, chosen = free.pop(place)
-        else:
-            left, chosen = capacity, len(bins)
-            bins.append([])
-        bins[chosen].append(item)
-        if left > length:
-            insort(free, (left - length, chosen))
-    return [sorted(items) for items in bins]
-
-
-def pack_in_windows(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """All items of `order`, window after window, in bins of at most `capacity`.
-
-    The emptiest bin of a window joins the next window, so that only an epoch's last batches may be far from full.
-    """
-    bins: list[np.ndarray] = []
-    carried = order[:0]
-    for start in range(0, len(order), WINDOW):
-        window = np.concatenate([carried, order[start : start + WINDOW]])
-        packed = [window[items] for items in best_fit(lengths[window].tolist(), capacity)]
-        carried = order[:0]
-        if start + WINDOW < len(order):
-            emptiest = min(range(len(packed)), key=lambda index: int(lengths[packed[index]].sum()))
-            carried = packed.pop(emptiest)
-        bins.extend(packed)
-    return bins
+    ends = np.cumsum(lengths[order])
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        taken = int(ends[start - 1]) if start else 0
+        end = int(np.searchsorted(ends, taken + capacity, side="right"))
+        assert end > start, (int(lengths[order[start]]), capacity)
+        batches.append(order[start:end])
+        start = end
+    return batches

@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data import packing
 from strop.data.batches import PackedBatches, PretrainBatches, TaskBatches
 from strop.data.examples import Example, sft_examples
 from strop.data.packing import split_packed
@@ -110,7 +109,7 @@ def test_epochs_and_seeds_differ_and_num_batches_is_what_comes():
 
 
 def test_long_documents_do_not_all_come_first():
-    lengths = np.random.default_rng(0).integers(2, 100, size=packing.WINDOW).tolist()
+    lengths = np.random.default_rng(0).integers(2, 100, size=2048).tolist()
     batches = PackedBatches(numbered_examples(lengths), batch_tokens=99, seed=0)
     longest = [max(len(segment) for segment in batch.segments) for batch in batches.epoch_batches()]
     halves = np.mean(longest[: len(longest) // 2]), np.mean(longest[len(longest) // 2 :])
@@ -214,14 +213,6 @@ def test_an_evaluation_pass_does_not_move_the_position():
     assert sum(1 for _ in batches.epoch_batches(5)) > 1
     assert batches.state_dict() == untouched.state_dict()
     assert same(next(batches), next(untouched))
-
-
-def test_windows_carry_documents_over_without_losing_any(monkeypatch):
-    monkeypatch.setattr(packing, "WINDOW", 7)
-    examples = numbered_examples([3, 20, 9, 14, 2] * 12)
-    batches = PackedBatches(examples, batch_tokens=40, seed=0)
-    found = sorted(document for batch in batches.epoch_batches() for document in documents_of(batch))
-    assert [ids for ids, _ in found] == [example.token_ids.tolist() for example in examples]
 
 
 def test_files_to_micro_batches_and_back_to_text(tmp_path: Path):

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strop.data import packing
-from strop.data.packing import best_fit, pack, pack_in_windows, split_packed
+from strop.data.packing import fill, pack, split_packed
 from strop.types import Segment
 
 
@@ -46,25 +45,17 @@ def test_split_parts_fit_and_join_to_the_whole(lengths, max_tokens):
     assert tuple(segment for part in parts for segment in part.segments) == batch.segments
 
 
-def test_best_fit_takes_the_fullest_bin_that_still_has_room():
-    # 6 and 5 open bins (4 and 5 left), 4 closes the first, 3 goes to the second (2 left), 2 closes it: two full bins.
-    assert sorted(best_fit([2, 3, 4, 5, 6], 10)) == [[0, 1, 3], [2, 4]]
+def test_fill_opens_a_batch_only_when_the_next_item_does_not_fit():
+    runs = fill(np.array([3, 0, 1, 2]), np.array([4, 6, 5, 5]), 10)
+    assert [run.tolist() for run in runs] == [[3, 0], [1], [2]]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(50, 120))
-def test_best_fit_loses_nothing_and_is_close_to_optimal(lengths, capacity):
-    bins = best_fit(lengths, capacity)
-    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
-    assert all(sum(lengths[item] for item in items) <= capacity for items in bins)
-    # Of two bins that are at most half full, the second would never have been opened.
-    assert sum(2 * sum(lengths[item] for item in items) <= capacity for items in bins) <= 1
-
-
-def test_windows_leave_only_one_batch_of_an_epoch_far_from_full(monkeypatch):
-    monkeypatch.setattr(packing, "WINDOW", 64)
-    lengths = np.random.default_rng(0).integers(1, 40, size=1000)
-    bins = pack_in_windows(np.random.default_rng(1).permutation(1000), lengths, 400)
-    assert sorted(np.concatenate(bins).tolist()) == list(range(1000))
-    filled = sorted(int(lengths[items].sum()) for items in bins)
-    assert filled[-1] <= 400
-    assert filled[1] >= 0.9 * 400
+def test_fill_keeps_the_order_and_wastes_no_room(lengths, capacity):
+    order = np.random.default_rng(0).permutation(len(lengths))
+    sizes = np.array(lengths)
+    runs = fill(order, sizes, capacity)
+    assert np.concatenate(runs).tolist() == order.tolist()
+    for run, following in zip(runs, [*runs[1:], None], strict=True):
+        assert sizes[run].sum() <= capacity
+        assert following is None or sizes[run].sum() + sizes[following[0]] > capacity
