@@ -228,15 +228,15 @@ def test_a_long_trunk_is_scored_against_few_queries_at_a_time() -> None:
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )])  # fmt: skip
 def test_bf16_model_keeps_exact_angles(scaling: RopeScaling | None) -> None:
-    """At position 8000 a frequency rounded to bf16 would be off by whole turns; only cos and sin may be rounded."""
+    """At position 8003 anything rounded to bf16 before the cosine would be off by whole turns."""
     fields = {name: getattr(CONFIG, name) for name in CONFIG.__slots__} | {"rope_scaling": scaling}
     model = init_model(ModelConfig(**fields), seed=0)
-    positions = torch.tensor([0, 1, 17, 8000])
+    positions = torch.tensor([0, 1, 17, 8003])
     exact = [x.clone() for x in model._rope(positions)]
     frequencies = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
     if scaling is None:
         angles = positions[:, None].double() * frequencies
-        torch.testing.assert_close(exact[0][:, 0, :4].double(), angles.cos(), rtol=0, atol=1e-3)  # fp32 at 8000
+        torch.testing.assert_close(exact[0][:, 0, :4].double(), angles.cos(), rtol=0, atol=1e-3)  # fp32 at 8003
         torch.testing.assert_close(exact[1][:, 0, 4:].double(), angles.sin(), rtol=0, atol=1e-3)
     for low, high in zip(model.to(torch.bfloat16)._rope(positions), exact, strict=True):
         assert low.dtype == torch.bfloat16
