@@ -1,8 +1,10 @@
-"""What every stage does before its first step: check its numbers, and settle the dtype."""
+"""What every stage does before its first step: check its numbers, settle the dtype, keep the tokenizer."""
 
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from strop.models import choose_dtype
 from strop.models.precision import DTYPES
 from strop.optim import OptimizerConfig
 from strop.runs import Start
+from strop.runs.files import sync
+from strop.tokenizer import Tokenizer
 
 
 def at_least(config: Any, minimum: float, *fields: str, prefix: str = "") -> None:
@@ -39,3 +43,20 @@ def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
     """The run's compute dtype: measured once for "auto", and the same ever after."""
     name = start.settle("dtype", lambda: str(choose_dtype(requested, device)).removeprefix("torch."))
     return DTYPES[name]
+
+
+def kept_tokenizer(start: Start, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The run's tokenizer: what make() gave when the run began, kept in runs/NAME/tokenizer.
+
+    A resumed run must not take it from its checkpoint: a model's generation_config.json may know stop tokens of which
+    the tokenizer that the run began with knew nothing, and completions would end elsewhere.
+    """
+    folder = start.run.path / "tokenizer"
+    if not folder.is_dir():
+        partial = folder.with_name("tokenizer.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        make().save(partial)
+        for file in partial.iterdir():
+            sync(file)
+        partial.rename(folder)
+    return Tokenizer.load(folder)

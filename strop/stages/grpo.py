@@ -59,7 +59,7 @@ from strop.rollouts.logprobs import frozen_logprobs, token_logprobs
 from strop.rollouts.prompts import Sampling, encode_prompts
 from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer
 from strop.tokenizer import Tokenizer
 from strop.types import Task
 
@@ -512,7 +512,7 @@ def _train(
     eval_tasks: Sequence[Task],
 ) -> None:
     run = start.run
-    tokenizer = Tokenizer.load(start.model_folder)
+    tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
     dtype = chosen_dtype(start, config.dtype, config.device)
     policy = load_model(start.model_folder, dtype=dtype, device=config.device)
     tokenizer.check_fits(policy.config.vocab_size)

@@ -14,7 +14,7 @@ from strop.generation import Engine
 from strop.models import CausalLM, ModelConfig, init_model, load_model, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer
 from strop.stages.supervised import restore, save_failed_batch, supervised_step
 from strop.tokenizer import Tokenizer, train_bpe
 from strop.types import Request, SamplingParams
@@ -151,7 +151,7 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     )  # fmt: skip
     with start, Interrupt() as interrupt:
         run = start.run
-        tokenizer = _tokenizer(config, start)
+        tokenizer = kept_tokenizer(start, lambda: _tokenizer(config, start))
         shards = build_shards([source.path for source in config.data], tokenizer, run.path / "shards")
         model = _model(config, start, tokenizer)
         tokenizer.check_fits(model.config.vocab_size)
@@ -214,11 +214,11 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
 
 
 def _tokenizer(config: Config, start: Start) -> Tokenizer:
-    """The run's tokenizer: its checkpoint's, or the one asked for. A new one is the same whenever it is trained."""
-    if start.resumed or (start.parent and not config.tokenizer):
-        return Tokenizer.load(start.model_folder)
+    """The tokenizer that a run begins with: the one asked for, the parent's, or a new one."""
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer)
+    if start.parent is not None:
+        return Tokenizer.load(start.parent.path)
     texts = (text for source in config.data for _, text in stream_texts(source.path))
     return train_bpe(texts, config.vocab_size)
 

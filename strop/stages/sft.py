@@ -10,7 +10,7 @@ from strop.data import Examples, PackedBatches, load_rows, sft_examples
 from strop.models import load_model, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, derive_seed, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer
 from strop.stages.supervised import mean_loss, restore, save_failed_batch, supervised_step
 from strop.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     )  # fmt: skip
     with start, Interrupt() as interrupt:
         run = start.run
-        tokenizer = Tokenizer.load(start.model_folder)
+        tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
         model = load_model(
             start.model_folder, dtype=chosen_dtype(start, config.dtype, config.device), device=config.device
         )

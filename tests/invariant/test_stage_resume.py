@@ -1,0 +1,212 @@
+"""Every stage, killed at any moment and resumed, ends as if it had never been killed; Ctrl-C and SIGTERM save first.
+
+One process imports everything and forks a child for each run, so that a kill costs no import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from strop.runs import Checkpoint, RunFolder, load_training_state, read_lines
+
+DRIVER = """
+import importlib, json, os, pathlib, random, signal, sys, time
+import torch
+import torch._dynamo, torch.utils.tensorboard.writer  # what is imported late: once, before the forks
+from strop.cli.main import main
+
+torch.set_num_threads(1)
+os.environ["STROP_PROGRESS"] = "off"
+STAGE = sys.argv[1]
+module = importlib.import_module(f"strop.stages.{STAGE}")
+CALL = [STAGE, f"{STAGE}.toml"]
+
+def in_child(*flags, kill_after=None, in_save=None, stop=None):
+    "The child's exit code, -9 for a kill. in_save: the number of the save in whose middle it dies."
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if in_save or stop:
+                arrange(in_save, stop)
+            code = main([*CALL, *flags])
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def arrange(in_save, stop):
+    real, count = module.save_model, 0
+    def save_model(model, folder):
+        nonlocal count
+        count += 1
+        real(model, folder)
+        if count == in_save:
+            os.kill(os.getpid(), signal.SIGKILL)
+    module.save_model = save_model
+    if stop:
+        from strop.runs import RunFolder
+        log = RunFolder.log
+        def log_and_stop(self, step, metrics):
+            log(self, step, metrics)
+            if step == stop[1]:
+                os.kill(os.getpid(), stop[0])
+        RunFolder.log = log_and_stop
+
+started = time.monotonic()
+assert in_child("--name", "whole") == 0
+seconds = time.monotonic() - started
+
+assert in_child("--name", "killed", in_save=2) == -9
+partials = [path.name for path in pathlib.Path("runs/killed/checkpoints").glob("*.partial")]
+assert partials, "the kill came too late to be in the middle of a save"
+moment = random.SystemRandom().uniform(0.1, 0.9) * seconds
+print("killed after", moment, "of", seconds, "seconds", file=sys.stderr)
+code = in_child("--name", "killed", "--resume", kill_after=moment)
+assert code in (-9, 0), code
+if code == -9:
+    assert in_child("--name", "killed", "--resume") == 0
+
+for number, (which, step) in enumerate([(signal.SIGINT, 3), (signal.SIGTERM, 6)]):
+    resume = ["--resume"] if number else []
+    assert in_child("--name", "stopped", *resume, stop=(which, step)) == 128 + which
+    info = json.loads(pathlib.Path("runs/stopped/run.json").read_text())
+    assert info["status"] == "interrupted", info["status"]
+    assert pathlib.Path(f"runs/stopped/checkpoints/step-{step:06}").is_dir()
+assert in_child("--name", "stopped", "--resume") == 0
+"""
+
+PRETRAIN = """
+data = [{ path = "corpus.txt", weight = 0.7 }, { path = "more.txt", weight = 0.3 }]
+eval_data = "corpus.txt"
+eval_bytes = 100
+num_steps = 9
+vocab_size = 280
+context_length = 16
+batch_tokens = 64
+micro_batch_tokens = 32
+sample_prompts = ["the"]
+eval_every = 4
+save_every = 4
+dtype = "bfloat16"
+optimizer = { warmup_steps = 2 }
+model = { hidden_size = 32, num_layers = 2, num_heads = 4, num_kv_heads = 2, intermediate_size = 32 }
+"""
+SFT = """
+from = "tiny"
+data = "sft.jsonl"
+eval_data = "sft.jsonl"
+num_steps = 9
+batch_tokens = 64
+micro_batch_tokens = 32
+max_length = 32
+eval_every = 4
+save_every = 4
+dtype = "bfloat16"
+optimizer = { lr = 3e-3, schedule = "cosine", weight_decay = 0.1 }
+"""
+GRPO = """
+from = "tiny"
+tasks = "tasks.jsonl"
+rewards = [{ name = "length", options = { target_tokens = 3, width = 3 } }]
+num_steps = 9
+prompts_per_step = 4
+group_size = 4
+minibatch_prompts = 2
+epochs_per_rollout = 2
+dynamic_sampling = true
+max_sampling_rounds = 2
+kl_coef = 0.1
+reference_refresh_steps = 5
+save_every = 4
+dtype = "float32"
+sampling = { max_new_tokens = 5, stop = ["a", "e", "o", "t", "u", "n", "r", "i", "h"] }
+optimizer = { lr = 3e-3, schedule = "linear" }
+eval = { tasks = "tasks.jsonl", every = 4 }
+"""
+
+
+@pytest.fixture(scope="module", params=["pretrain", "sft", "grpo"])
+def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp(request.param)
+    shutil.copytree(tiny_folder, root / "tiny")
+    # A stop token that only the model's config names: the run's own checkpoints get a generation_config.json with it,
+    # and a resumed run must not end its completions there, since the run did not before.
+    (root / "tiny/generation_config.json").unlink()
+    config = json.loads((root / "tiny/config.json").read_text())
+    (root / "tiny/config.json").write_text(json.dumps({**config, "eos_token_id": 77}))
+    (root / "corpus.txt").write_text(
+        "<|endoftext|>\n".join(f"the quick brown fox number {i} jumps\n" for i in range(30))
+    )
+    (root / "more.txt").write_text("<|endoftext|>\n".join(f"{i} lazy dogs sleep and sleep\n" for i in range(9)))
+    words = ["brown", "lazy", "cat", "dog", "fox", "quick"]
+    rows = [{"prompt": f"the {a} {b}", "completion": f" {b}"} for a in words for b in words]
+    (root / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows[:10]]
+    (root / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    for stage, recipe in {"pretrain": PRETRAIN, "sft": SFT, "grpo": GRPO}.items():
+        (root / f"{stage}.toml").write_text(recipe)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, request.param],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return root / "runs"
+
+
+def last(runs_dir: Path, name: str) -> Checkpoint:
+    checkpoint = RunFolder.open(runs_dir, name).latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == 9
+    return checkpoint
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_the_end_is_that_of_the_uninterrupted_run_to_the_last_byte(runs: Path, how: str) -> None:
+    whole, other = last(runs, "whole"), last(runs, how)
+    files = sorted(path.name for path in whole.path.iterdir())
+    assert sorted(path.name for path in other.path.iterdir()) == files
+    for name in files:
+        assert (other.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    lines = list(read_lines(runs / "whole/metrics.jsonl", with_clock=False))
+    assert list(read_lines(runs / how / "metrics.jsonl", with_clock=False)) == lines
+    assert (runs / how / "samples.jsonl").read_bytes() == (runs / "whole/samples.jsonl").read_bytes()
+    assert [line["step"] for line in lines if line["step"]] == list(range(1, 10))
+    assert RunFolder.open(runs, how).info["status"] == "finished"
+
+
+def test_there_was_something_to_lose(runs: Path) -> None:
+    """Weights move in every step, metrics differ from step to step, and the state that must come back is not empty."""
+    early = load_file(runs / "whole/checkpoints/step-000008/model.safetensors")
+    late = load_file(last(runs, "whole").path / "model.safetensors")
+    assert any(not torch.equal(value, late[name]) for name, value in early.items())
+    tensors, state = load_training_state(last(runs, "whole"))
+    assert any(name.startswith("exp_avg.") and bool(value.any()) for name, value in tensors.items())
+    position = state.get("batches") or state["tasks"]
+    assert (position["epoch"], position["batch"]) != (0, 0)
+    lines = [line for line in read_lines(runs / "whole/metrics.jsonl") if line["step"]]
+    assert len({line["grad_norm"] for line in lines}) == 9
+    if "tasks" in state:
+        assert any(name.startswith("reference.") for name in tensors)
+        assert any(line["groups_sampled"] > line["groups"] for line in lines), "no group was ever replaced"
+        assert (runs / "whole/samples.jsonl").stat().st_size > 0
