@@ -4,8 +4,8 @@ import os
 
 __version__ = "0.1.0"
 
-# Batches of ragged text have a new shape at every step, and for each shape that oneDNN (through torch) has seen it keeps
-# compiled kernels: by default for 1024 of them, twice, which grows to gigabytes and wins no time. Read at torch's first
-# matrix product; a value that is set already is left alone.
+# Ragged batches have a new shape at every step, and for each shape it has seen oneDNN (through torch) keeps compiled
+# kernels: by default for 1024 of them, twice, which grows to gigabytes and saves no time. Read at torch's first matrix
+# product; a value that is set already is left alone.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")

@@ -1,7 +1,7 @@
 """The demo's files: English text, and arithmetic as task text, as questions with answers, and as tasks for a verifier.
 
-Held out and in no training file: 400 pairs of numbers below 100 and 30 questions about two digits (neither in the other
-order), and 20 chapters spread over the book, none of which shares a long verse with another chapter.
+Held out and in no training file: 44 sets of three digits and 30 questions about two digits, both in every order, and 20
+chapters spread over the book, none of which shares a long verse with another chapter.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 
 from strop.data.sources import DOCUMENT_SEPARATOR, stream_texts
 
 BOOK = Path(__file__).with_name("kjv.txt.xz")
 
-HELD_OUT = 400
-SFT_EXAMPLES = 1500
-LINES_PER_DOCUMENT = 24
+HELD_OUT_SETS = 44
+"""Of the 220 sets of three digits; about 200 of the 1000 sums in their orders."""
+SFT_EXAMPLES = 200
+FACT_REPEATS = 12
+LINES_PER_DOCUMENT = 8
 HELD_OUT_CHAPTERS = 20
 LONG_VERSE = 60
 """Characters from which a verse that two chapters share is a quotation, not a turn of phrase."""
@@ -28,18 +31,18 @@ Pair = tuple[int, int]
 Row = dict[str, object]
 
 
-def write_demo_data(folder: Path, *, seed: int = 0, limit: int = 100, book: Path = BOOK) -> None:
+def write_demo_data(folder: Path, *, seed: int = 0, book: Path = BOOK) -> None:
     """Every file of the demo in `folder`; a file that already has its content is not touched.
 
     english.txt, facts.txt      pre-training           held_out_english.txt
-    sft.jsonl, tasks.jsonl      sums a + b < limit     held_out.jsonl
+    sft.jsonl, tasks.jsonl      sums of three digits   held_out.jsonl
     smollm2_tasks.jsonl         sums of two digits     smollm2_held_out.jsonl
     tasks_shuffled.jsonl, smollm2_tasks_shuffled.jsonl: the control, where every task has a wrong answer
 
     Raises ValueError when the book is missing or has too few chapters.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_sums(folder, random.Random(seed), limit)
+    write_sums(folder, random.Random(seed))
     write_english(folder, book)
     # Generators of their own, so that a change of one part leaves the others as they are.
     write_digit_sums(folder, random.Random(f"digits {seed}"))
@@ -48,21 +51,29 @@ def write_demo_data(folder: Path, *, seed: int = 0, limit: int = 100, book: Path
         _write_rows(folder / f"{name}_shuffled.jsonl", with_wrong_answers(rows, random.Random(f"shuffled {seed}")))
 
 
-def write_sums(folder: Path, rng: random.Random, limit: int) -> None:
-    """Sums a + b with 0 <= a, b < limit: facts.txt (pre-training), sft.jsonl, tasks.jsonl (RL) and held_out.jsonl."""
-    pairs = [(a, b) for a in range(limit) for b in range(a, limit)]
-    rng.shuffle(pairs)
-    held_out, training = pairs[:HELD_OUT], pairs[HELD_OUT:]
-    _write_rows(folder / "held_out.jsonl", [_task(*_turned(pair, rng)) for pair in held_out])
-    _write_rows(folder / "tasks.jsonl", [_task(*_turned(pair, rng)) for pair in training])
+def write_sums(folder: Path, rng: random.Random) -> None:
+    """Sums of three digits: facts.txt (pre-training), sft.jsonl, tasks.jsonl (RL) and held_out.jsonl.
+
+    What is held out are sets of digits, in all their orders: 8 + 3 + 5 is no help if 3 + 5 + 8 is held out.
+    """
+    sets = list(combinations_with_replacement(range(10), 3))
+    rng.shuffle(sets)
+    held_out_sets = set(sets[:HELD_OUT_SETS])
+    everything = list(product(range(10), repeat=3))
+    rng.shuffle(everything)
+    held_out = [digits for digits in everything if tuple(sorted(digits)) in held_out_sets]
+    training = [digits for digits in everything if tuple(sorted(digits)) not in held_out_sets]
+    _write_rows(folder / "held_out.jsonl", [_task(digits) for digits in held_out])
+    _write_rows(folder / "tasks.jsonl", [_task(digits) for digits in training])
     examples: list[Row] = []
-    for pair in rng.sample(training, SFT_EXAMPLES):
-        a, b = _turned(pair, rng)
-        answer = {"role": "assistant", "content": str(a + b)}
-        examples.append({"messages": [{"role": "user", "content": _question(a, b)}, answer]})
+    for digits in rng.sample(training, SFT_EXAMPLES):
+        answer = {"role": "assistant", "content": str(sum(digits))}
+        examples.append({"messages": [{"role": "user", "content": _question(digits)}, answer]})
     _write_rows(folder / "sft.jsonl", examples)
-    lines = [f"{a} + {b} = {a + b}" for a, b in training] + [f"{b} + {a} = {a + b}" for a, b in training]
-    rng.shuffle(lines)
+    lines: list[str] = []
+    for _ in range(FACT_REPEATS):
+        rng.shuffle(training)
+        lines += [f"{_sum(digits)} = {sum(digits)}" for digits in training]
     documents = ["\n".join(lines[i : i + LINES_PER_DOCUMENT]) for i in range(0, len(lines), LINES_PER_DOCUMENT)]
     _write_documents(folder / "facts.txt", documents)
 
@@ -115,7 +126,7 @@ def write_digit_sums(folder: Path, rng: random.Random) -> None:
         ("smollm2_held_out.jsonl", [pair for pair in everything if pair in held_out]),
         ("smollm2_tasks.jsonl", [pair for pair in everything if pair not in held_out]),
     ):
-        _write_rows(folder / name, [_task(a, b, " Answer with just the number.") for a, b in rows])
+        _write_rows(folder / name, [_task(pair, " Answer with just the number.") for pair in rows])
 
 
 def with_wrong_answers(tasks: Sequence[Mapping[str, object]], rng: random.Random) -> list[Row]:
@@ -133,16 +144,16 @@ def with_wrong_answers(tasks: Sequence[Mapping[str, object]], rng: random.Random
     return [{**task, "answer": answer} for task, answer in zip(tasks, answers, strict=True)]
 
 
-def _turned(pair: Pair, rng: random.Random) -> Pair:
-    return pair if rng.random() < 0.5 else (pair[1], pair[0])
+def _sum(digits: Sequence[int]) -> str:
+    return " + ".join(map(str, digits))
 
 
-def _question(a: int, b: int) -> str:
-    return f"What is {a} + {b}?"
+def _question(digits: Sequence[int]) -> str:
+    return f"What is {_sum(digits)}?"
 
 
-def _task(a: int, b: int, instruction: str = "") -> Row:
-    return {"prompt": [{"role": "user", "content": _question(a, b) + instruction}], "answer": str(a + b)}
+def _task(digits: Sequence[int], instruction: str = "") -> Row:
+    return {"prompt": [{"role": "user", "content": _question(digits) + instruction}], "answer": str(sum(digits))}
 
 
 def _write_documents(path: Path, documents: Sequence[str]) -> None:

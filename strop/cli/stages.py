@@ -28,7 +28,8 @@ def run(command: str, args: Sequence[str]) -> int:
         print(to_toml(call.config), end="")
         return 0
     folder = stage.train(call.config, name=call.name, runs_dir=call.runs_dir, resume=call.resume)
-    print(f"{folder}  (talk to it: strop chat {folder})")
+    where = "" if call.runs_dir == Path("runs") else f" --runs-dir {call.runs_dir}"
+    print(f"{folder}  (talk to it: strop chat {folder.name}{where})")
     return 0
 
 

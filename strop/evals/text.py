@@ -23,15 +23,15 @@ def bits_per_byte(
 
         sum of -log2 p(token | document so far) / number of bytes predicted
 
-    A document longer than context_length is cut into pieces that each start with the last token of the one before, so
-    every token but the first is predicted exactly once: the first is the BOS where the tokenizer begins texts with one,
-    else the text's first token, whose bytes are then not counted either. The end of the text is not predicted.
-    Also returns the loss in nats per token, the perplexity and the counts. Raises ValueError when nothing is predicted,
-    and when context_length exceeds the model's positions.
+    A document longer than context_length (or than the model has positions) is cut into pieces that each start with the
+    last token of the one before, so every token but the first is predicted exactly once: the first is the BOS where the
+    tokenizer begins texts with one, else the text's first token, whose bytes are then not counted either. The end of
+    the text is not predicted.
+    Also returns the loss in nats per token, the perplexity and the counts. Raises ValueError when nothing is predicted.
     """
-    limit = model.config.max_position_embeddings
-    if not 1 <= context_length <= limit:
-        raise ValueError(f"context_length={context_length} must lie between 1 and the model's {limit} positions")
+    if context_length < 1:
+        raise ValueError(f"context_length={context_length} must be at least 1")
+    context_length = min(context_length, model.config.max_position_embeddings)
     pieces: list[tuple[list[int], int]] = []
     num_bytes = 0
     for text in texts:

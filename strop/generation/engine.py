@@ -112,6 +112,10 @@ class Engine:
             for index, request in enumerate(requests)
         ]
 
+    def release(self) -> None:
+        """Give back the memory of the key-value cache until the next generate(): training wants it in between."""
+        self._cache = None
+
     def cache_for(self, *, num_slots: int, max_length: int) -> Cache:
         """The cache of the last call if it is large enough, else a new one; every slot is free."""
         kind = (self.model.dtype, self.model.device)

@@ -94,7 +94,7 @@ class MathReward:
             )
 
     def answer_key(self, completion: Completion) -> str | None:
-        """What a majority vote counts: the answer, numbers by their value ("1/2" and "0.50" agree). None = unreadable."""
+        """What a majority vote counts: the answer, numbers by their value (1/2 agrees with 0.50); None = unreadable."""
         answer = extract_answer(completion.text, self._answer_pattern)
         if answer is None or len(answer) > MAX_ANSWER_CHARS:
             return None

@@ -312,6 +312,7 @@ def sample_groups(actors: Actors, tasks: TaskBatches, config: Config, step: int)
         kept += [group for group in groups if not (config.dynamic_sampling and group.is_flat)]
         if len(kept) == config.prompts_per_step:
             break
+    actors.engine.release()
     # Where all were flat the step has no update, but samples to show.
     return (kept or sampled[: config.prompts_per_step]), sampled
 
@@ -565,10 +566,11 @@ def _train(
             )
             if config.reference_refresh_steps and step % config.reference_refresh_steps == 0:
                 refresh_reference(actors)
-            if is_last or step % config.save_every == 0 or interrupt.is_requested:
+            is_stopped = interrupt.is_requested  # looked at once: a signal after the save is for the next step
+            if is_last or step % config.save_every == 0 or is_stopped:
                 save(run, step, actors, tasks, skipped, config)
             progress.update(step, {"reward": metrics["reward"], "tokens/s": metrics["time/tokens_per_second"]})
-            if interrupt.is_requested and not is_last:
+            if is_stopped and not is_last:
                 interrupt.exit()
 
 

@@ -199,7 +199,8 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
                 if is_evaluated and requests and not metrics["skipped"]:
                     run.log_samples(step, _continuations(model, tokenizer, config, requests))
                 skipped.record(bool(metrics["skipped"]), lambda batch=batch: save_failed_batch(run.path, batch))
-                if is_last or step % config.save_every == 0 or interrupt.is_requested:
+                is_stopped = interrupt.is_requested  # looked at once: a signal after the save is for the next step
+                if is_last or step % config.save_every == 0 or is_stopped:
                     run.save_checkpoint(
                         step,
                         write_model,
@@ -208,7 +209,7 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
                         keep_last=config.keep_checkpoints,
                     )
                 progress.update(step, {"loss": metrics["loss"], "tokens/s": metrics["time/tokens_per_second"]})
-                if interrupt.is_requested and not is_last:
+                if is_stopped and not is_last:
                     interrupt.exit()
     return start.run.path
 

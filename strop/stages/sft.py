@@ -116,7 +116,8 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
                     metrics["eval/loss"] = mean_loss(model, held_out, micro_batch_tokens=config.micro_batch_tokens)
                 run.log(step, metrics | {"epoch": batches.epoch})
                 skipped.record(bool(metrics["skipped"]), lambda batch=batch: save_failed_batch(run.path, batch))
-                if is_last or step % config.save_every == 0 or interrupt.is_requested:
+                is_stopped = interrupt.is_requested  # looked at once: a signal after the save is for the next step
+                if is_last or step % config.save_every == 0 or is_stopped:
                     run.save_checkpoint(
                         step,
                         write_model,
@@ -125,7 +126,7 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
                         keep_last=config.keep_checkpoints,
                     )
                 progress.update(step, {"loss": metrics["loss"], "tokens/s": metrics["time/tokens_per_second"]})
-                if interrupt.is_requested and not is_last:
+                if is_stopped and not is_last:
                     interrupt.exit()
     return start.run.path
 

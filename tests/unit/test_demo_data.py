@@ -18,7 +18,7 @@ SCRIPT = runpy.run_path(str(DEMO / "data.py"))
 write_demo_data, split_book = SCRIPT["write_demo_data"], SCRIPT["split_book"]
 HELD_OUT_CHAPTERS, LONG_VERSE = SCRIPT["HELD_OUT_CHAPTERS"], SCRIPT["LONG_VERSE"]
 
-PAIR = re.compile(r"(\d+) \+ (\d+)")
+SUM = re.compile(r"\d+(?: \+ \d+)+")
 
 
 @pytest.fixture(scope="module")
@@ -32,48 +32,55 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def pairs(path: Path) -> set[frozenset[int]]:
-    """Every a + b in a file, without regard to order."""
-    return {frozenset((int(a), int(b))) for a, b in PAIR.findall(path.read_text(encoding="utf-8"))}
+def numbers(text: str) -> list[tuple[int, ...]]:
+    """The numbers of every sum in a text."""
+    return [tuple(map(int, found.split(" + "))) for found in SUM.findall(text)]
 
 
-def pair_of(task: dict[str, Any]) -> tuple[int, int]:
-    ((a, b),) = PAIR.findall(task["prompt"][0]["content"])
-    return int(a), int(b)
+def sets(path: Path) -> set[tuple[int, ...]]:
+    """The numbers of every sum in a file, without regard to order."""
+    return {tuple(sorted(found)) for found in numbers(path.read_text(encoding="utf-8"))}
 
 
-def test_no_held_out_pair_is_in_a_training_file_in_either_order(folder: Path):
-    held_out = pairs(folder / "held_out.jsonl")
-    assert len(held_out) == 400
+def numbers_of(task: dict[str, Any]) -> tuple[int, ...]:
+    (found,) = numbers(task["prompt"][0]["content"])
+    return found
+
+
+def test_no_held_out_sum_is_in_a_training_file_in_any_order(folder: Path):
+    held_out = sets(folder / "held_out.jsonl")
+    assert len(held_out) == 44
     for name in ("facts.txt", "sft.jsonl", "tasks.jsonl", "tasks_shuffled.jsonl", "english.txt"):
-        assert pairs(folder / name) & held_out == set(), name
-    assert len(pairs(folder / "facts.txt")) == len(pairs(folder / "tasks.jsonl")) == 5050 - 400
+        assert sets(folder / name) & held_out == set(), name
+    assert len(sets(folder / "facts.txt")) == len(sets(folder / "tasks.jsonl")) == 220 - 44
+    everything = [numbers_of(task) for name in ("tasks", "held_out") for task in read(folder / f"{name}.jsonl")]
+    assert sorted(everything) == [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
 
 
 def test_the_digits_are_all_there_once_and_held_out_in_both_orders(folder: Path):
     held_out, training = read(folder / "smollm2_held_out.jsonl"), read(folder / "smollm2_tasks.jsonl")
     assert len(held_out) == 30
-    assert sorted(map(pair_of, [*held_out, *training])) == [(a, b) for a in range(10) for b in range(10)]
+    assert sorted(map(numbers_of, [*held_out, *training])) == [(a, b) for a in range(10) for b in range(10)]
     for name in ("smollm2_tasks.jsonl", "smollm2_tasks_shuffled.jsonl"):
-        assert pairs(folder / "smollm2_held_out.jsonl") & pairs(folder / name) == set(), name
+        assert sets(folder / "smollm2_held_out.jsonl") & sets(folder / name) == set(), name
 
 
 @pytest.mark.parametrize("name", ["tasks", "held_out", "smollm2_tasks", "smollm2_held_out"])
 def test_every_answer_is_right(folder: Path, name: str):
     tasks = read(folder / f"{name}.jsonl")
-    assert [task["answer"] for task in tasks] == [str(sum(pair_of(task))) for task in tasks]
+    assert [task["answer"] for task in tasks] == [str(sum(numbers_of(task))) for task in tasks]
 
 
 def test_every_example_and_every_fact_is_right(folder: Path):
     for example in read(folder / "sft.jsonl"):
         question, answer = example["messages"]
         assert question["role"] == "user" and answer["role"] == "assistant"
-        assert answer["content"] == str(sum(pair_of({"prompt": [question]})))
+        assert answer["content"] == str(sum(numbers_of({"prompt": [question]})))
     facts = [line for _, text in stream_texts(str(folder / "facts.txt")) for line in text.splitlines()]
-    assert len(facts) == 2 * (5050 - 400)
+    assert len(facts) == 12 * len(read(folder / "tasks.jsonl"))
     for fact in facts:
-        a, b, total = map(int, re.fullmatch(r"(\d+) \+ (\d+) = (\d+)", fact).groups())  # type: ignore[union-attr]
-        assert a + b == total
+        terms, _, total = fact.partition(" = ")
+        assert total == str(sum(numbers(terms)[0]))
 
 
 @pytest.mark.parametrize("name", ["tasks", "smollm2_tasks"])
@@ -129,8 +136,8 @@ def test_writing_again_changes_nothing_and_another_seed_does(folder: Path, tmp_p
     write_demo_data(folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     write_demo_data(tmp_path, seed=1)
-    assert pairs(tmp_path / "held_out.jsonl") != pairs(folder / "held_out.jsonl")
-    assert pairs(tmp_path / "smollm2_held_out.jsonl") != pairs(folder / "smollm2_held_out.jsonl")
+    assert sets(tmp_path / "held_out.jsonl") != sets(folder / "held_out.jsonl")
+    assert sets(tmp_path / "smollm2_held_out.jsonl") != sets(folder / "smollm2_held_out.jsonl")
 
 
 def test_a_missing_book_is_named(tmp_path: Path):

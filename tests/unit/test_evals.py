@@ -280,5 +280,11 @@ def test_cuts_take_away_context_and_nothing_else(tiny_folder: Path) -> None:
         num_bytes = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
         assert found[context_length] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
     assert len({round(value, 4) for value in found.values()}) == 3
-    with pytest.raises(ValueError, match="context_length=129 must lie between 1 and the model's 128 positions"):
-        bits_per_byte(model, tokenizer, [text], context_length=129)
+    # A context that the model does not have is not pretended.
+    long = " ".join(str(i) for i in range(100))
+    assert len(tokenizer.encode(long)) > 200
+    whole = bits_per_byte(model, tokenizer, [long], context_length=1000)
+    assert whole == bits_per_byte(model, tokenizer, [long], context_length=128)
+    assert whole != bits_per_byte(model, tokenizer, [long], context_length=127)
+    with pytest.raises(ValueError, match="context_length=0 must be at least 1"):
+        bits_per_byte(model, tokenizer, [long], context_length=0)

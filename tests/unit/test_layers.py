@@ -1,4 +1,4 @@
-"""The import direction of the rooms (the table in docs/design.md), read from the source of every module."""
+"""The import direction of the rooms, read from the source of every module."""
 
 from __future__ import annotations
 

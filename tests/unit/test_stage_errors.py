@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -392,6 +393,30 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_the_run_goes_on_from_th
     assert main([*argv, "--name", "whole"]) == 0
     ends = [Path(f"runs/{name}/checkpoints/step-000006/model.safetensors").read_bytes() for name in ("sft", "whole")]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
+def test_a_ctrl_c_that_comes_just_after_the_save_stops_after_the_next_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Nothing that was logged is lost: the run never exits at a step without a checkpoint."""
+    from strop.runs import Progress
+
+    update = Progress.update
+
+    def update_and_interrupt(self: Progress, step: int, figures: Any) -> None:
+        update(self, step, figures)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "update", update_and_interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main([stage, f"{stage}.toml", "--num-steps", "9", "--save-every", "100"])
+    assert stopped.value.code == 130
+    run = RunFolder.open("runs", stage)
+    *_, last = read_lines(run.path / "metrics.jsonl")
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None and checkpoint.step == last["step"] == 3
 
 
 def test_the_measured_dtype_is_settled_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
