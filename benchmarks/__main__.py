@@ -82,12 +82,16 @@ def save(name: str, results: dict[str, dict[str, list[dict[str, float]]]], table
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine = f"{_cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     command = "python -m benchmarks " + " ".join(sys.argv[1:])
-    about = {"command": command, "commit": commit, "machine": machine, "date": datetime.now(UTC).date().isoformat()}
+    about = {"command": command, "commit": commit, "machine": machine(), "date": datetime.now(UTC).date().isoformat()}
     (folder / f"{name}.json").write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
-    text = f"`{command}`, commit {commit[:12]}, {machine}, {about['date']}\n\n{table}\n"
+    text = f"`{command}`, commit {commit[:12]}, {machine()}, {about['date']}\n\n{table}\n"
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def machine() -> str:
+    """Processor, cores and Python, for the head of a result."""
+    return f"{_cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def _cpu() -> str:

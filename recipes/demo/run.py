@@ -39,7 +39,7 @@ DATA = "runs/demo-data"
 
 SMOLLM2 = Path("models/smollm2")
 
-QUESTIONS = {"scratch": "What is 12 + 30?", "smollm2": "What is 3 + 4? Answer with just the number."}
+QUESTIONS = {"scratch": "What is 3 + 8 + 5?", "smollm2": "What is 3 + 4? Answer with just the number."}
 
 EXPECTED_FAILURES = (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)
 """What the stages raise with a message for people."""

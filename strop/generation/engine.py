@@ -63,7 +63,7 @@ class Engine:
     ) -> None:
         """max_length bounds prompt and completion together, in tokens; None means as many as the model has positions.
 
-        The cache holds at most num_slots sequences, and num_slots / 8 prompts of which some samples still wait.
+        The cache holds at most num_slots sequences, and num_slots / 4 prompts of which some samples still wait.
         """
         if num_slots < 1:
             raise ValueError(f"num_slots={num_slots}: at least one sequence must be able to run")
@@ -102,10 +102,11 @@ class Engine:
             return []
         started = time.perf_counter()
         run = _Run(self, requests, on_finished, on_token)
-        while run.is_unfinished:
-            run.decode()
-            run.refill()
-            run.sample()
+        with self.model.decoding(run.max_rows):
+            while run.is_unfinished:
+                run.decode()
+                run.refill()
+                run.sample()
         self.stats.total_seconds = time.perf_counter() - started
         return [
             [run.finished[index, sample_index] for sample_index in range(request.num_samples)]
@@ -174,7 +175,7 @@ class _Run:
         self._waiting = [(index, k) for index, request in enumerate(requests) for k in range(request.num_samples)]
         self._num_started = 0
         num_slots = min(engine.num_slots, len(self._waiting))
-        num_prompts = min(max(1, engine.num_slots // 8), len(requests))
+        num_prompts = min(max(1, engine.num_slots // 4), len(requests))
         self._prompt_slots = range(num_slots, num_slots + num_prompts)
         self._num_prefilled = 0
         self._prompts: dict[int, tuple[int, Tensor]] = {}  # request index -> cache slot, hidden state (1, D)
@@ -186,6 +187,11 @@ class _Run:
         self._params: RowParams | None = None  # None once rows have ended; others only start where rows ended
         self._hidden: list[Tensor] = []  # (n, D) in all: what decides the next token of every running sample
         self.finished: dict[tuple[int, int], Completion] = {}
+
+    @property
+    def max_rows(self) -> int:
+        """Samples that can run at the same time."""
+        return self._rows.max_rows
 
     @property
     def is_unfinished(self) -> bool:

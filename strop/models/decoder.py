@@ -7,7 +7,8 @@ P prompts, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from strop.models.attention import AttentionPlan
 from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
-from strop.models.fused import norm_linear, rms_norm, swiglu_linear
+from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear
 from strop.models.interface import Cache
 from strop.types import PackedBatch, Segment
 
@@ -70,15 +71,18 @@ class Attention(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.has_rope = layer not in config.layers_without_rope
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.output = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
+        self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.output = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, N, H), keys and values (T, K, H), rotated to their positions."""
         qkv = norm_linear(x_TD, self.norm.weight, self.qkv.weight, self.qkv.bias, self.norm.eps)
-        qkv = qkv.view(x_TD.shape[0], -1, self.head_dim)
+        return self._rotated(qkv, rope)
+
+    def _rotated(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = qkv.view(qkv.shape[0], -1, self.head_dim)
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, : self.num_heads]), self.k_norm(qk[:, self.num_heads :])], dim=1)
@@ -105,7 +109,7 @@ class Attention(nn.Module):
         With a single query a batched matmul beats the fused attention kernel, whose tiles it cannot fill.
         """
         num_slots = x_SD.shape[0]
-        q, k, v = self.project(x_SD, rope)
+        q, k, v = self._rotated(self.qkv.decode(self.norm(x_SD)), rope)
         keys_SKTH, values_SKTH = cache.keys[self.layer, :num_slots], cache.values[self.layer, :num_slots]
         keys_SKTH[step.slots_S, :, step.positions_S] = k
         values_SKTH[step.slots_S, :, step.positions_S] = v
@@ -113,7 +117,7 @@ class Attention(nn.Module):
         q_BGH = q.reshape(num_slots * self.num_kv_heads, -1, self.head_dim)
         keys_BTH, values_BTH = keys_SKTH.flatten(0, 1), values_SKTH.flatten(0, 1)
         scores_BGT = torch.baddbmm(step.bias_B1T, q_BGH, keys_BTH.transpose(1, 2), alpha=self.scale)
-        return self.output(torch.bmm(scores_BGT.softmax(-1), values_BTH).view(num_slots, -1))
+        return self.output.decode(torch.bmm(scores_BGT.softmax(-1), values_BTH).view(num_slots, -1))
 
 
 class MLP(nn.Module):
@@ -122,12 +126,17 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_up = norm_linear(x_TD, self.norm.weight, self.gate_up.weight, self.gate_up.bias, self.norm.eps)
         return swiglu_linear(gate_up, self.down.weight, self.down.bias)
+
+    def decode(self, x_SD: Tensor) -> Tensor:
+        """As forward, for a few rows and without gradient."""
+        gate, up = self.gate_up.decode(self.norm(x_SD)).chunk(2, dim=-1)
+        return self.down.decode(F.silu(gate).mul_(up))
 
 
 class Layer(nn.Module):
@@ -233,6 +242,21 @@ class Decoder(nn.Module):
             cache.lengths_S[slot] = end - start
         return self.final_norm(x_TD[torch.tensor(ends, device=self.device) - 1])
 
+    @contextmanager
+    def decoding(self, num_rows: int) -> Iterator[None]:
+        """While it is entered, decode_step works from packed copies of the layers' weights, where that is faster.
+
+        They are as large as the weights and do not follow updates: enter it for one rollout, not for longer.
+        """
+        linears = [module for module in self.modules() if isinstance(module, Linear) and can_pack(module.weight)]
+        try:
+            for linear in linears:
+                linear.pack(num_rows)
+            yield
+        finally:
+            for linear in linears:
+                linear.unpack()
+
     @torch.no_grad()
     def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor:
         """Append one token to each of the slots [0, S) and return their hidden states, (S, D)."""
@@ -243,7 +267,7 @@ class Decoder(nn.Module):
         x_SD = self.embedding(token_ids_S)
         for layer in self.layers:
             x_SD = x_SD + layer.attention.decode(x_SD, rope, cache, step)
-            x_SD = x_SD + layer.mlp(x_SD)
+            x_SD = x_SD + layer.mlp.decode(x_SD)
         cache.lengths_S[:num_active] += 1
         return self.final_norm(x_SD)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,9 @@ class FallbackModel(nn.Module):
             outputs.append(self._append(prompt, cache.slots[slot]))
             cache.lengths_S[slot] = len(prompt)
         return torch.stack(outputs)
+
+    def decoding(self, num_rows: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @torch.no_grad()
     def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -29,6 +29,35 @@ def norm_linear(x_TD: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor 
     if not torch.is_grad_enabled():
         return F.linear(F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, eps), weight, bias)
     return _NormLinear.apply(x_TD, norm_weight, weight, bias, eps)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that can lay its weight out once for many products with few rows (decoding).
+
+    oneDNN arranges a bf16 weight for its kernel at every call; for a handful of rows that costs as much as the product.
+    Values are the same to the bit.
+    """
+
+    packed: Tensor | None = None
+
+    def pack(self, num_rows: int) -> None:
+        """Keep a second copy of the weight, arranged for about num_rows rows. It does not follow updates."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), num_rows)
+
+    def unpack(self) -> None:
+        self.packed = None
+
+    def decode(self, x_SD: Tensor) -> Tensor:
+        """The product for a few rows, without gradient; from the packed weight where there is one."""
+        if self.packed is None:
+            return F.linear(x_SD, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x_SD, self.packed, self.bias, "none", [], "")
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN has kernels for packed weights of this dtype on this machine."""
+    is_bf16_on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return is_bf16_on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -68,6 +69,10 @@ class CausalLM(Protocol):
     def new_cache(self, *, num_slots: int, max_length: int) -> Cache: ...
 
     def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[int]) -> Tensor: ...
+
+    def decoding(self, num_rows: int) -> AbstractContextManager[None]:
+        """Entered around many decode_steps between which the weights do not change."""
+        ...
 
     def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor: ...
 

@@ -13,6 +13,7 @@ from strop.models import attention
 from strop.models.attention import AttentionPlan, bucket_by_length, fused_kernel_attention
 from strop.models.config import ModelConfig, RopeScaling
 from strop.models.decoder import Decoder, init_model
+from strop.models.fused import can_pack
 from strop.models.loading import weight_hash
 from strop.types import PackedBatch, Segment
 
@@ -286,3 +287,29 @@ def test_hidden_is_the_same_bits_every_time() -> None:
         results.append([hidden.detach(), *(parameter.grad for parameter in model.parameters())])
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.skipif(not can_pack(torch.zeros(1, dtype=torch.bfloat16)), reason="oneDNN has no bf16 kernels here")
+def test_packed_weights_decode_to_the_same_bits_and_follow_the_next_update():
+    config = ModelConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
+    )
+    model = init_model(config, seed=0, dtype=torch.bfloat16)
+
+    def decoded(rows: int) -> torch.Tensor:
+        cache = model.new_cache(num_slots=rows, max_length=8)
+        model.prefill([[1, 2, 3 + row] for row in range(rows)], cache, range(rows))
+        return torch.stack([model.decode_step(torch.arange(rows) + step, cache) for step in range(3)])
+
+    for rows in (1, 5, 32):
+        plain = decoded(rows)
+        with model.decoding(rows):
+            assert model.layers[0].mlp.down.packed is not None
+            assert torch.equal(decoded(rows), plain)
+        assert model.layers[0].mlp.down.packed is None
+    with torch.no_grad():
+        model.layers[0].mlp.down.weight.mul_(3)
+    with model.decoding(5):
+        assert not torch.equal(decoded(5), plain[:, :5])
+        packed = decoded(5)
+    assert torch.equal(packed, decoded(5))
