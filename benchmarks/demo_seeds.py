@@ -2,9 +2,9 @@
 
     python -m benchmarks.demo_seeds --save demo_seeds            after `make demo`, whose SFT checkpoint it starts from
 
-Every run starts from the same checkpoint; the seed decides prompts, samples and minibatches. Held-out pass@1 is measured
-on frozen weights with seven or eight answers per task, before and after. A control's reward compares with the answers of
-other tasks: what it gains, the reward's content had no part in.
+Every run starts from the same checkpoint; the seed decides prompts, samples and minibatches. Held-out pass@1 is
+measured on frozen weights with several answers per task, before and after. A control's reward compares with the answers
+of other tasks: what it gains, the reward's content had no part in.
 """
 
 from __future__ import annotations

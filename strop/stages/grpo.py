@@ -5,7 +5,7 @@
     update   raise the probability of what beat its group, lower the rest
 
 The family (Dr. GRPO, DAPO, GSPO, CISPO, SAPO, RLOO, REINFORCE++ ...) is a choice of advantage, loss, aggregation and
-KL, all in Config; docs/grpo.md has the table.
+KL, all in Config (grpo_config.py); the loss is in grpo_loss.py, and docs/grpo.md has the table.
 
 Shape suffixes: P prompts, G group, B completions, T label positions.
 """
@@ -16,9 +16,8 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,202 +28,31 @@ from strop.generation import Engine
 from strop.models import CausalLM, load_model, save_model
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
-    Aggregation,
-    masked_sum,
-    sequence_mean,
     sequence_sum,
     step_denominator,
-    token_weights,
 )
-from strop.objectives.kl import kl_k1, kl_k2, kl_k3, kl_k3_plus
+from strop.objectives.kl import kl_k1
 from strop.objectives.policy_gradient import (
-    cispo_loss,
-    clipped_policy_loss,
-    clipped_tokens,
-    gspo_token_loss,
-    masked_importance_weights,
     overlong_penalty,
-    reinforce_loss,
-    sapo_loss,
-    truncated_importance_weights,
 )
-from strop.optim import AdamW, DivergedError, OptimizerConfig, SkippedSteps, optimizer_step
+from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rewards.base import WeightedRewards
-from strop.rewards.config import RewardConfig
 from strop.rewards.load import load_rewards
 from strop.rollouts.averages import Averages
 from strop.rollouts.batch import RolloutBatch, collate_rollouts
 from strop.rollouts.groups import Group, roll_out
-from strop.rollouts.logprobs import frozen_logprobs, token_logprobs
-from strop.rollouts.prompts import Sampling, encode_prompts
+from strop.rollouts.logprobs import frozen_logprobs
+from strop.rollouts.prompts import encode_prompts
 from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer
+from strop.stages.begin import chosen_dtype, kept_tokenizer
+from strop.stages.grpo_config import Config
+from strop.stages.grpo_loss import micro_loss
 from strop.tokenizer import Tokenizer
 from strop.types import Task
 
 ENGINE_GAP_ALARM = 1.05
 """Mean of exp(|engine's logprob - trainer's|) per token from which a run warns; 1.02 is usual in bfloat16."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Held-out pass@1 of the first reward, before the first step, while training and after the last."""
-
-    tasks: str = ""
-    """A source of tasks as `tasks`; empty = no evaluation."""
-    every: int = 50
-    """Steps between evaluations."""
-    max_tasks: int = 200
-    """Only the first so many."""
-    num_samples: int = 1
-    """Answers per task, at the training temperature."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Group Relative Policy Optimization (Shao et al. 2024) and its relatives."""
-
-    init_from: str
-    """Where to start: RUN, RUN/STEP or a Hugging Face folder (`from` in a recipe, --from on the command line)."""
-    tasks: str
-    """Prompts with what the rewards need: JSONL, Parquet, CSV or hf:NAME; the column `prompt` is text or messages."""
-    rewards: tuple[RewardConfig, ...]
-    """Where the reward comes from: a weighted sum of functions of (task, completion)."""
-    num_steps: int
-    """Rollouts; each is followed by its updates."""
-    prompts_per_step: int = 8
-    """Prompts per rollout (P)."""
-    group_size: int = 8
-    """Completions per prompt (G)."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How the policy acts."""
-
-    advantage: Literal["group", "leave_one_out", "batch"] = "group"
-    """What a reward is compared with: its group's mean, the others of its group (RLOO), or the batch (REINFORCE++)."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """Whether a group's advantages are divided by its standard deviation (GRPO) or not (Dr. GRPO)."""
-    loss: Literal["clip", "sequence_clip", "cispo", "sapo", "reinforce"] = "clip"
-    """The surrogate: PPO's clip per token, GSPO's per sequence, CISPO, SAPO, or REINFORCE."""
-    clip_low: float = 0.2
-    """Lower bound of the ratio is 1 - clip_low."""
-    clip_high: float = 0.2
-    """Upper bound of the ratio is 1 + clip_high; larger than clip_low is DAPO's clip-higher."""
-    dual_clip: float | None = None
-    """With loss = "clip": bounds the loss of A < 0 by so many |A|."""
-    aggregation: Aggregation = "token_mean"
-    """How tokens add up: token_mean (DAPO), seq_mean_token_mean (GRPO), token_sum_norm (Dr. GRPO), or RLOO's."""
-    kl_coef: float = 0.0
-    """Weight of the KL to the reference, the checkpoint that the run started from. 0 = no reference is loaded."""
-    kl_placement: Literal["loss", "reward"] = "loss"
-    """In the loss of every token, or subtracted from the completion's reward."""
-    kl_estimator: Literal["k1", "k2", "k3", "k3_plus"] = "k3"
-    """In the loss: k3 (GRPO), k2 or k3_plus (whose gradients are unbiased). In the reward it must be k1."""
-    reference_refresh_steps: int = 0
-    """So many steps after which the policy becomes the new reference (R1: 400). 0 = never."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus per token."""
-
-    epochs_per_rollout: int = 1
-    """Times that the updates go over one rollout."""
-    minibatch_prompts: int = 0
-    """Prompts per update, a divisor of prompts_per_step; 0 = all of the rollout in one."""
-    importance_correction: Literal["none", "token_truncate", "sequence_truncate", "token_mask", "sequence_mask"] = (
-        "none"
-    )
-    """Corrects for an engine that samples from a slightly different policy than the trainer's (TIS, IcePop)."""
-    importance_cap: float = 2.0
-    """Truncation bound of the importance weight; masking keeps [1 / cap, cap]."""
-    dynamic_sampling: bool = False
-    """Sample new prompts in place of groups whose rewards are all equal (DAPO)."""
-    max_sampling_rounds: int = 10
-    """Rounds of dynamic sampling per step; then the step goes on with the groups that it has."""
-    overlong_buffer: int = 0
-    """Tokens before max_new_tokens over which overlong_weight of reward is gradually lost (DAPO). 0 = off."""
-    overlong_weight: float = 0.5
-    """The reward lost by a completion that reaches max_new_tokens, with an overlong_buffer."""
-    mask_truncated: bool = False
-    """Leave completions without a stop out of the loss; they still count in their group's statistics."""
-
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
-    """AdamW and its schedule; its steps are rollouts."""
-    micro_batch_tokens: int = 2048
-    """Tokens per forward and backward pass, each prompt once per group: bounds the memory, not the result."""
-    num_slots: int = 64
-    """Completions decoded at the same time."""
-    eval: Evaluation = field(default_factory=Evaluation)
-    """Held-out evaluation."""
-    samples_per_step: int = 8
-    """Completions per step written to samples.jsonl."""
-    save_every: int = 50
-    """Steps between checkpoints; the last step always has one."""
-    keep_checkpoints: int = 2
-    """Older ones are deleted."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype of rollouts and training; auto measures. The weights that learn are float32 in any case."""
-    device: str = "cpu"
-    """A torch device."""
-    seed: int = 0
-    """Decides prompts, samples and minibatches."""
-
-    def __post_init__(self) -> None:
-        if not self.rewards:
-            raise ValueError('rewards is empty: name at least one, for example rewards = [{ name = "math" }]')
-        at_least(self, 1, "num_steps", "prompts_per_step", "group_size", "epochs_per_rollout", "max_sampling_rounds")
-        at_least(self, 1, "micro_batch_tokens", "num_slots", "save_every", "keep_checkpoints", "importance_cap")
-        at_least(self, 0, "clip_low", "clip_high", "kl_coef", "reference_refresh_steps", "minibatch_prompts")
-        at_least(self, 0, "overlong_buffer", "samples_per_step", "seed")
-        at_least(self.eval, 1, "every", "max_tasks", "num_samples", prefix="eval.")
-        at_least(self.sampling, 1, "max_new_tokens", prefix="sampling.")
-        check_optimizer(self.optimizer, self.num_steps)
-        if not self.sampling.temperature > 0:
-            raise ValueError("sampling.temperature must be above 0: greedy samples of one prompt are all the same")
-        if self.group_size < 2 and self.advantage != "batch":
-            raise ValueError(f'advantage = "{self.advantage}" needs group_size >= 2 (or use advantage = "batch")')
-        if self.dual_clip is not None and self.loss != "clip":
-            raise ValueError(f'dual_clip only acts on loss = "clip", not on "{self.loss}": remove it')
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip={self.dual_clip} must be above 1: it bounds a ratio from above (usually 3)")
-        if self.loss == "reinforce" and self.epochs_per_rollout > 1:
-            raise ValueError('loss = "reinforce" has no ratio, so that a second epoch would be off-policy: use "clip"')
-        if self.advantage_scale == "none" and self.advantage == "batch":
-            raise ValueError('advantage = "batch" always divides by the batch\'s deviation: leave advantage_scale out')
-        if self.advantage == "leave_one_out" and self.advantage_scale == "std":
-            raise ValueError('advantage = "leave_one_out" is not scaled: set advantage_scale = "none"')
-        if self.kl_placement == "reward" and self.kl_estimator != "k1" and self.kl_coef:
-            raise ValueError('kl_placement = "reward" needs kl_estimator = "k1", the unbiased one')
-        if self.kl_placement == "loss" and self.kl_estimator == "k1" and self.kl_coef:
-            raise ValueError('k1 in the loss has no effect on average: use kl_estimator = "k2", "k3" or "k3_plus"')
-        if self.reference_refresh_steps and not self.kl_coef:
-            raise ValueError("reference_refresh_steps has no effect without kl_coef: set kl_coef, or remove it")
-        if self.overlong_buffer > self.sampling.max_new_tokens:
-            raise ValueError(
-                f"overlong_buffer={self.overlong_buffer} is longer than "
-                f"sampling.max_new_tokens={self.sampling.max_new_tokens}: lower it"
-            )
-        if self.minibatch_prompts and self.prompts_per_step % self.minibatch_prompts:
-            raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} is not divisible by "
-                f"minibatch_prompts={self.minibatch_prompts}: a smaller last update would count as much as the others"
-            )
-        if self.dynamic_sampling and self.group_size < 2:
-            raise ValueError("dynamic_sampling needs group_size >= 2: a group of one always looks flat")
-
-    @property
-    def updates_share_a_rollout(self) -> bool:
-        """Whether old logprobs differ from the current ones at some update, so that they must be kept."""
-        is_split = 0 < self.minibatch_prompts < self.prompts_per_step
-        return self.epochs_per_rollout > 1 or is_split
-
-    def describe(self) -> str:
-        """Which GRPO this is, in one line."""
-        kl = f"{self.kl_coef} {self.kl_estimator} in the {self.kl_placement}" if self.kl_coef else "none"
-        updates = f"{self.epochs_per_rollout} epoch(s) of {self.minibatch_prompts or self.prompts_per_step} prompts"
-        return (
-            f"{self.prompts_per_step} prompts x {self.group_size} samples; advantage {self.advantage}, scale "
-            f"{self.advantage_scale}; loss {self.loss} [1-{self.clip_low}, 1+{self.clip_high}]; {self.aggregation}; "
-            f"KL {kl}; {updates}; importance correction {self.importance_correction}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,93 +211,6 @@ def learning_rows(batch: RolloutBatch, rows: Sequence[int], config: Config) -> l
     assert batch.advantages_BT is not None
     has_gradient = (batch.advantages_BT != 0).any(1).tolist()
     return [row for row in rows if has_gradient[row]]
-
-
-def micro_loss(policy: CausalLM, micro: RolloutBatch, config: Config, denominator: int, averages: Averages) -> Tensor:
-    """This micro-batch's share of the update's loss."""
-    mask_BT = micro.response_mask_BT
-    assert micro.advantages_BT is not None
-    logprobs_BT, entropy_BT = token_logprobs(policy, micro, temperature=config.sampling.temperature, with_entropy=True)
-    assert entropy_BT is not None
-    # With a single update per rollout the policy has not moved yet: these are the old logprobs.
-    old_BT = logprobs_BT.detach() if micro.old_logprobs_BT is None else micro.old_logprobs_BT
-    loss_BT = surrogate(logprobs_BT, old_BT, micro.advantages_BT, mask_BT, config)
-    if config.importance_correction != "none":
-        weights_BT = importance_weights(old_BT, micro.sampling_logprobs_BT, mask_BT, config)
-        loss_BT = loss_BT * weights_BT
-        averages.add("importance_weight", weights_BT, mask_BT)
-    if config.entropy_coef:
-        loss_BT = loss_BT - config.entropy_coef * entropy_BT
-    if micro.ref_logprobs_BT is not None:
-        if config.kl_placement == "loss":
-            estimator = {"k2": kl_k2, "k3": kl_k3, "k3_plus": kl_k3_plus}[config.kl_estimator]
-            loss_BT = loss_BT + config.kl_coef * estimator(logprobs_BT, micro.ref_logprobs_BT, mask_BT)
-        averages.add("kl", kl_k3(logprobs_BT.detach(), micro.ref_logprobs_BT, mask_BT), mask_BT)
-    averages.add("entropy", entropy_BT, mask_BT)
-    update_metrics(averages, logprobs_BT.detach(), old_BT, micro, config)
-    return masked_sum(loss_BT, mask_BT, denominator, weights_BT=token_weights(mask_BT, config.aggregation))
-
-
-def surrogate(logprobs_BT: Tensor, old_BT: Tensor, advantages_BT: Tensor, mask_BT: Tensor, config: Config) -> Tensor:
-    """The policy-gradient loss of each token, unreduced."""
-    low, high = config.clip_low, config.clip_high
-    if config.loss == "clip":
-        return clipped_policy_loss(
-            logprobs_BT, old_BT, advantages_BT, mask_BT, clip_low=low, clip_high=high, dual_clip=config.dual_clip
-        )
-    if config.loss == "sequence_clip":
-        return gspo_token_loss(logprobs_BT, old_BT, advantages_BT, mask_BT, clip_low=low, clip_high=high)
-    if config.loss == "cispo":
-        return cispo_loss(logprobs_BT, old_BT, advantages_BT, mask_BT, ratio_max=1 + high, ratio_min=max(0.0, 1 - low))
-    if config.loss == "sapo":
-        return sapo_loss(logprobs_BT, old_BT, advantages_BT, mask_BT)
-    return reinforce_loss(logprobs_BT, advantages_BT, mask_BT)
-
-
-def importance_weights(old_BT: Tensor, sampling_BT: Tensor, mask_BT: Tensor, config: Config) -> Tensor:
-    """What makes samples of the engine count as samples of the trainer's policy."""
-    level, _, how = config.importance_correction.partition("_")
-    assert level in ("token", "sequence")
-    cap = config.importance_cap
-    if how == "truncate":
-        return truncated_importance_weights(old_BT, sampling_BT, mask_BT, level=level, cap=cap)
-    return masked_importance_weights(old_BT, sampling_BT, mask_BT, level=level, low=1 / cap, high=cap)
-
-
-@torch.no_grad()
-def update_metrics(
-    averages: Averages, logprobs_BT: Tensor, old_BT: Tensor, micro: RolloutBatch, config: Config
-) -> None:
-    """How far the policy moved within this rollout, and how far the engine is from the trainer.
-
-    clipped_*: tokens whose gradient the loss removed (clip, sequence_clip) or whose weight it bounded (cispo); other
-    losses have none. ratio is the one that is clipped: with sequence_clip the sequence's.
-    """
-    mask_BT = micro.response_mask_BT
-    assert micro.advantages_BT is not None
-    log_ratio_BT = logprobs_BT - old_BT
-    if config.loss == "sequence_clip":
-        log_ratio_BT = sequence_mean(log_ratio_BT, mask_BT)[:, None].expand_as(log_ratio_BT)
-    ratio_BT = log_ratio_BT.exp()
-    averages.add("ratio", ratio_BT, mask_BT)
-    averages.maximum("ratio_max", ratio_BT, mask_BT)
-    if config.loss in ("clip", "sequence_clip"):
-        low, high = config.clip_low, config.clip_high
-        zeros_BT = torch.zeros_like(log_ratio_BT)
-        is_low_BT, is_high_BT = clipped_tokens(
-            log_ratio_BT, zeros_BT, micro.advantages_BT, mask_BT, clip_low=low, clip_high=high
-        )
-        averages.add("clipped_low", is_low_BT, mask_BT)
-        averages.add("clipped_high", is_high_BT, mask_BT)
-    elif config.loss == "cispo":
-        averages.add("clipped_low", ratio_BT < 1 - config.clip_low, mask_BT)
-        averages.add("clipped_high", ratio_BT > 1 + config.clip_high, mask_BT)
-    if config.dual_clip is not None:
-        averages.add("clipped_dual", (ratio_BT > config.dual_clip) & (micro.advantages_BT < 0), mask_BT)
-    gap_BT = (old_BT - micro.sampling_logprobs_BT).abs()
-    averages.add("engine_gap", gap_BT, mask_BT)
-    averages.add("engine_gap_exp", gap_BT.exp(), mask_BT)
-    averages.maximum("engine_gap_max", gap_BT, mask_BT)
 
 
 def evaluate(actors: Actors, tasks: Sequence[Task], config: Config) -> dict[str, float]:

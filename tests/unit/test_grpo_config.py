@@ -10,7 +10,7 @@ import pytest
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
-from strop.stages.grpo import Config, Evaluation
+from strop.stages.grpo_config import Config, Evaluation
 
 GOOD: dict[str, Any] = {
     "init_from": "base",

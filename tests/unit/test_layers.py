@@ -89,12 +89,12 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
 
 
 def stage_of(module: str) -> str:
-    """The stage that a module of strop.stages is, or "" for code that stages share: a stage defines a Config."""
+    """The stage that a module of strop.stages is, or "" for code that is part of one or shared: a stage has a train()."""
     path = PACKAGE / "stages" / f"{'.'.join(module.split('.')[2:3])}.py"
     if not path.is_file():
         return ""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return path.stem if any(isinstance(node, ast.ClassDef) and node.name == "Config" for node in tree.body) else ""
+    return path.stem if any(isinstance(node, ast.FunctionDef) and node.name == "train" for node in tree.body) else ""
 
 
 def modules() -> list[tuple[Path, str]]:
