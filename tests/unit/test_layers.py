@@ -89,7 +89,7 @@ def violations(source: str, module: str, *, is_package: bool = False) -> list[st
 
 
 def stage_of(module: str) -> str:
-    """The stage that a module of strop.stages is, or "" for code that is part of one or shared: a stage has a train()."""
+    """The stage that a module of strop.stages is, or "" for other code: a stage has a train()."""
     path = PACKAGE / "stages" / f"{'.'.join(module.split('.')[2:3])}.py"
     if not path.is_file():
         return ""
