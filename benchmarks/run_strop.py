@@ -45,7 +45,7 @@ def sft(model_folder: str) -> None:
             data=str(data),
             num_steps=work.WARM_UP_STEPS + work.TIMED_STEPS,
             batch_tokens=4096,
-            micro_batch_tokens=1024,
+            micro_batch_tokens=2048,
             optimizer=OptimizerConfig(lr=1e-5),
             save_every=10_000,
         )
@@ -71,7 +71,7 @@ def grpo(model_folder: str) -> None:
             group_size=work.GRPO_GROUP,
             sampling=Sampling(max_new_tokens=work.GRPO_NEW_TOKENS),
             optimizer=OptimizerConfig(lr=1e-6),
-            micro_batch_tokens=768,
+            micro_batch_tokens=2560,
             num_slots=work.GRPO_PROMPTS * work.GRPO_GROUP,
             save_every=10_000,
         )
