@@ -27,6 +27,7 @@ from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
 from strop.runs import RunFolder, read_lines
 from strop.stages import grpo
+from strop.stages.grpo_config import Evaluation
 from strop.tokenizer import train_bpe
 
 SENTENCE = "the quick brown fox jumps over the lazy dog"
@@ -57,7 +58,7 @@ def write_start(folder: Path) -> grpo.Config:
         kl_coef=0.1,
         reference_refresh_steps=7,
         optimizer=OptimizerConfig(lr=3e-3, schedule="cosine", warmup_steps=3),
-        eval=grpo.Evaluation(tasks=str(folder / "tasks.jsonl"), every=6, max_tasks=8),
+        eval=Evaluation(tasks=str(folder / "tasks.jsonl"), every=6, max_tasks=8),
         save_every=3,
         dtype="float32",
     )

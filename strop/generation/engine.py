@@ -220,6 +220,8 @@ class _Run:
             self._cache.move(slot, self._rows.start(index, sample_index, self._requests[index]))
             self._hidden.append(prompt_hidden_1D)
             self._num_started += 1
+            if sample_index == self._requests[index].num_samples - 1:
+                self._cache.lengths_S[slot] = 0  # its last sample has started: a long prompt must not keep decode wide
         self._stats.prefill_seconds += time.perf_counter() - started
 
     def sample(self) -> None:

@@ -162,7 +162,7 @@ def test_a_group_shares_one_prefill(model: CountingDecoder, tokenizer: Tokenizer
     groups = engine.generate(requests)
     prompt_lengths = [len(request.prompt_ids) for request in requests]
     assert [length for prefill in model.prefills for length in prefill] == prompt_lengths
-    assert len(model.prefills) == -(-len(requests) // max(1, num_slots // 8))
+    assert len(model.prefills) == -(-len(requests) // max(1, num_slots // 4))
     lengths = [len(completion.token_ids) for group in groups for completion in group]
     stats = engine.stats
     assert stats.prefill_tokens == sum(prompt_lengths)
@@ -226,10 +226,10 @@ def test_memory_follows_the_requests_and_is_reused(model: CountingDecoder, token
 
     run(10, 6, 3)
     run(4, 12, 2)
-    assert made == [(5, 15)]
+    assert made == [(6, 15)]
     run(10, 7, 3)
     run(10, 7, 100)
-    assert made == [(5, 15), (5, 16), (18, 16)]
+    assert made == [(6, 15), (6, 16), (20, 16)]
 
 
 def test_the_cache_is_no_wider_than_what_runs_needs(model: CountingDecoder, tokenizer: Tokenizer) -> None:

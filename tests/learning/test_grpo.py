@@ -13,6 +13,7 @@ from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
 from strop.runs import read_lines
 from strop.stages import grpo, sft
+from strop.stages.grpo_config import Evaluation
 
 REWARD = """
 def exact(completions, answer, **_):
@@ -74,7 +75,7 @@ def test_learns_from_right_answers_and_not_from_shuffled_ones(tiny_folder: Path,
                 group_size=8,
                 sampling=Sampling(max_new_tokens=4),
                 optimizer=OptimizerConfig(lr=3e-3),
-                eval=grpo.Evaluation(tasks=held_out_file, every=1000, num_samples=4),
+                eval=Evaluation(tasks=held_out_file, every=1000, num_samples=4),
                 save_every=1000,
                 dtype="float32",
                 seed=seed,

@@ -49,7 +49,7 @@ def test_another_seed_and_folder_reach_every_stage(demo: ModuleType):
     assert (sft.init_from, grpo.init_from) == ("demo-base-seed3", "demo-sft-seed3")
     paths = [*(source.path for source in base.data), base.eval_data, sft.data, grpo.tasks, grpo.eval.tasks]
     assert {str(Path(path).parent) for path in paths} == {"elsewhere/demo-data"}
-    assert [source.weight for source in base.data] == [0.6, 0.4]
+    assert [source.weight for source in base.data] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("part", ["scratch", "smollm2"])
