@@ -39,4 +39,5 @@ test: lint  ## the checks above and every test, the learning tests too
 
 bench: setup  ## speed and memory against TRL, which it installs first
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[bench]'
+	test -f models/smollm2/config.json || $(BIN)/strop models get smollm2
 	$(BIN)/python -m benchmarks
