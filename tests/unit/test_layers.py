@@ -12,19 +12,20 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "strop"
 
 BELOW_EVALS = {
-    *("types", "objectives", "distributed", "tokenizer", "models", "optim", "runs"),
+    *("types", "native", "objectives", "distributed", "tokenizer", "models", "optim", "runs"),
     *("data", "generation", "rewards", "environments", "rollouts"),
 }
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
-    "objectives": set(),
+    "native": set(),
+    "objectives": {"native"},
     "distributed": set(),
     "tokenizer": {"types"},
-    "models": {"types", "objectives"},
-    "optim": {"distributed"},
+    "models": {"types", "objectives", "native"},
+    "optim": {"distributed", "native"},
     "runs": {"types"},
     "data": {"types", "tokenizer"},
-    "generation": {"types", "models", "tokenizer"},
+    "generation": {"types", "models", "tokenizer", "native"},
     "rewards": {"types", "models", "tokenizer"},
     "environments": {"types"},
     "rollouts": {"types", "generation", "rewards", "environments", "tokenizer", "models", "runs"},
