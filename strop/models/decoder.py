@@ -20,6 +20,7 @@ from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
 from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear
 from strop.models.interface import Cache
+from strop.models.native import NativeDecode, can_decode
 from strop.types import PackedBatch, Segment
 
 
@@ -160,7 +161,6 @@ class _DecodeStep:
     """What every layer of one decode step shares: where each slot writes, and how far it may look."""
 
     def __init__(self, cache: KVCache, num_active: int) -> None:
-        cache.fit(int(cache.lengths_S.max()) + 1)
         _, _, num_kv_heads, width, _ = cache.keys.shape
         device = cache.keys.device
         self.positions_S = cache.lengths_S[:num_active]
@@ -189,6 +189,7 @@ class Decoder(nn.Module):
         self.source_config: dict[str, Any] | None = None
         """config.json and generation_config.json of the folder that it was loaded from, kept for the next one."""
         self.source_generation_config: dict[str, Any] | None = None
+        self._native: NativeDecode | None = None
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: casting the model to bf16 must leave the angles exact.
         self._frequencies_H = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -208,7 +209,8 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). For training use objectives.linear_logprobs, which never holds all of it."""
-        return F.linear(hidden, self.lm_head_weight)
+        logits = None if self._native is None else self._native.logits(hidden)
+        return F.linear(hidden, self.lm_head_weight) if logits is None else logits
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, shape (T, D); the head turns position t into the law of labels_T[t]."""
@@ -246,8 +248,16 @@ class Decoder(nn.Module):
     def decoding(self, num_rows: int) -> Iterator[None]:
         """While it is entered, decode_step works from packed copies of the layers' weights, where that is faster.
 
-        They are as large as the weights and do not follow updates: enter it for one rollout, not for longer.
+        They are as large as the weights and do not follow updates: enter it for one rollout, not for longer. Where this
+        machine has the C++ decode step, that is what uses them.
         """
+        if can_decode(self):
+            try:
+                self._native = NativeDecode(self)
+                yield
+            finally:
+                self._native = None
+            return
         linears = [module for module in self.modules() if isinstance(module, Linear) and can_pack(module.weight)]
         try:
             for linear in linears:
@@ -262,13 +272,19 @@ class Decoder(nn.Module):
         """Append one token to each of the slots [0, S) and return their hidden states, (S, D)."""
         assert isinstance(cache, KVCache)
         num_active = token_ids_S.shape[0]
-        step = _DecodeStep(cache, num_active)
-        rope = self._rope(step.positions_S)
+        cache.fit(int(cache.lengths_S.max()) + 1)
+        positions_S = cache.lengths_S[:num_active]
+        rope = self._rope(positions_S)
         x_SD = self.embedding(token_ids_S)
+        if self._native is not None:
+            hidden_SD = self._native.step(x_SD, rope, cache, positions_S)
+            positions_S += 1
+            return hidden_SD
+        step = _DecodeStep(cache, num_active)
         for layer in self.layers:
             x_SD = x_SD + layer.attention.decode(x_SD, rope, cache, step)
             x_SD = x_SD + layer.mlp.decode(x_SD)
-        cache.lengths_S[:num_active] += 1
+        positions_S += 1
         return self.final_norm(x_SD)
 
     def _rope(self, position_ids_T: Tensor) -> tuple[Tensor, Tensor]:

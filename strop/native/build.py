@@ -60,7 +60,9 @@ def library() -> ctypes.CDLL | None:
             command = [compiler, *FLAGS, "-o", str(built), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                warnings.warn(f"the C++ kernels do not compile here, so decoding is slower:\n{done.stderr}", stacklevel=2)
+                warnings.warn(
+                    f"the C++ kernels do not compile here, so decoding is slower:\n{done.stderr}", stacklevel=2
+                )
                 return None
             os.replace(built, target)  # another process may be doing the same
     torch.get_num_threads()  # torch's OpenMP is loaded before a library that wants one

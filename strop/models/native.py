@@ -1,0 +1,150 @@
+"""The decode step as one C++ call: how a Decoder's weights and cache are handed to strop/native/decode.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from strop.models.cache import KVCache
+from strop.models.fused import Linear
+from strop.native.build import library
+
+if TYPE_CHECKING:
+    from strop.models.decoder import MLP, Attention, Decoder
+
+_LANES = 16
+_GROUP = 2 * _LANES
+_POINTERS = (
+    *("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "output", "output_bias"),
+    *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias"),
+)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in _POINTERS), ("has_rope", ctypes.c_int64)]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_layers", "D", "N", "K", "H", "I")),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+    ]
+
+
+class NativeDecode:
+    """A decoder's weights, arranged for the C++ decode step: a second copy, as of now."""
+
+    def __init__(self, model: Decoder) -> None:
+        assert can_decode(model)
+        config = model.config
+        kernels = library()
+        assert kernels is not None
+        self._kernels = kernels
+        self._shape = _Shape(
+            num_layers=config.num_layers,
+            D=config.hidden_size,
+            N=config.num_heads,
+            K=config.num_kv_heads,
+            H=config.head_dim,
+            I=config.intermediate_size,
+            eps=config.norm_eps,
+            scale=config.head_dim**-0.5,
+        )
+        weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
+        has_head = config.vocab_size % _GROUP == 0
+        weights += [model.lm_head_weight] if has_head else []
+        # One block for all: the system takes all of it back at once, and can map it in large pages.
+        self._unused = torch.empty(sum(weight.numel() for weight in weights), dtype=torch.bfloat16)
+        kernels.strop_use_large_pages(ctypes.c_void_p(self._unused.data_ptr()), ctypes.c_int64(self._unused.nbytes))
+        self._tensors: list[Tensor] = []  # what the pointers point to
+        self._layers = (_Layer * config.num_layers)(
+            *(self._layer(layer.attention, layer.mlp) for layer in model.layers)
+        )
+        self._final_norm = self._kept(model.final_norm.weight)
+        self._vocab_size = config.vocab_size
+        self._head = self._packed(model.lm_head_weight) if has_head else None
+
+    def step(self, x_SD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, lengths_S: Tensor) -> Tensor:
+        """Hidden states (S, D) after the final norm; writes each slot's keys and values at position lengths_S.
+
+        x_SD are the tokens' embeddings, overwritten. The cache must have room, and lengths_S is not advanced.
+        """
+        hidden_SD = torch.empty_like(x_SD)
+        cos_SH, sin_SH = (angles.view(x_SD.shape[0], -1) for angles in rope)
+        layer_stride = cache.keys.stride(0)
+        assert layer_stride == cache.values.stride(0) and cache.keys[0].is_contiguous() and x_SD.is_contiguous()
+        self._kernels.strop_decode_step(
+            ctypes.byref(self._shape),
+            self._layers,
+            ctypes.c_void_p(self._final_norm),
+            *map(ctypes.c_int64, (x_SD.shape[0],)),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_SD, hidden_SD, cache.keys, cache.values)),
+            *map(ctypes.c_int64, (layer_stride, cache.keys.shape[3])),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (lengths_S, cos_SH, sin_SH)),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return hidden_SD
+
+    def logits(self, hidden_SD: Tensor) -> Tensor | None:
+        """(S, V), or None for a vocabulary that does not fill the registers."""
+        if self._head is None:
+            return None
+        num_rows, width = hidden_SD.shape
+        logits_SV = hidden_SD.new_empty(num_rows, self._vocab_size)
+        hidden_SD = hidden_SD.contiguous()
+        self._kernels.strop_packed_product(
+            ctypes.c_void_p(hidden_SD.data_ptr()),
+            ctypes.c_void_p(self._head),
+            ctypes.c_void_p(logits_SV.data_ptr()),
+            *map(ctypes.c_int64, (num_rows, width, self._vocab_size // _GROUP, torch.get_num_threads())),
+        )
+        return logits_SV
+
+    def _layer(self, attention: Attention, mlp: MLP) -> _Layer:
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        return _Layer(
+            attention_norm=self._kept(attention.norm.weight),
+            qkv=self._packed(attention.qkv.weight),
+            qkv_bias=self._kept(attention.qkv.bias),
+            q_norm=self._kept(None if q_norm is None else q_norm.weight),
+            k_norm=self._kept(None if k_norm is None else k_norm.weight),
+            output=self._packed(attention.output.weight),
+            output_bias=self._kept(attention.output.bias),
+            mlp_norm=self._kept(mlp.norm.weight),
+            gate_up=self._packed(mlp.gate_up.weight, is_gated=True),
+            gate_up_bias=self._kept(mlp.gate_up.bias),
+            down=self._packed(mlp.down.weight),
+            down_bias=self._kept(mlp.down.bias),
+            has_rope=attention.has_rope,
+        )
+
+    def _kept(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self._tensors.append(tensor.detach().contiguous())
+        return self._tensors[-1].data_ptr()
+
+    def _packed(self, weight: Tensor, *, is_gated: bool = False) -> int:
+        """The weight in groups of 32 output columns: neighbours, or 16 of the gate with the same 16 of up."""
+        num_columns, width = weight.shape
+        packed, self._unused = self._unused[: weight.numel()], self._unused[weight.numel() :]
+        stride, second = (_LANES, num_columns // 2) if is_gated else (_GROUP, _LANES)
+        weight = weight.detach().contiguous()
+        self._kernels.strop_pack(
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, packed)),
+            *map(ctypes.c_int64, (num_columns // _GROUP, width, stride, second, torch.get_num_threads())),
+        )
+        self._tensors.append(packed)
+        return packed.data_ptr()
+
+
+def can_decode(model: Decoder) -> bool:
+    """Whether this model on this machine has a C++ decode step: bf16 on a CPU, and widths that fill its registers."""
+    config = model.config
+    is_bf16_on_cpu = model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    fits = all(width % _GROUP == 0 for width in (config.hidden_size, config.head_dim, qkv_width))
+    return is_bf16_on_cpu and fits and config.intermediate_size % _LANES == 0 and library() is not None
