@@ -104,7 +104,8 @@ class Adapter(nn.Module):
         merged_ED = weight_ED.detach().clone()
         for part in self.parts().values():
             rows = slice(part.start, part.start + part.B.shape[0])
-            merged_ED[rows] = weight_ED[rows].to(part.A.dtype).addmm_(part.B, part.A, alpha=part.scale)
+            base = weight_ED[rows].to(part.A.dtype)  # the weight itself where the dtypes agree: not to be written to
+            merged_ED[rows] = torch.addmm(base, part.B, part.A, alpha=part.scale)
         return merged_ED
 
 
