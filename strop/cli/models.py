@@ -1,4 +1,4 @@
-"""`strop models get NAME`: a real pre-trained model without a hub. `strop models merge`: adapter and base as one model."""
+"""`strop models get NAME`: a real pre-trained model without a hub. `strop models merge`: adapter and base as one."""
 
 from __future__ import annotations
 

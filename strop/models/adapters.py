@@ -34,7 +34,7 @@ _HARMLESS = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
-"""Fields of adapter_config.json that change nothing beyond what is honoured here. Any other one that is set is refused."""
+"""Fields of adapter_config.json that are honoured or change nothing. Any other one that is set is refused."""
 
 _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 """Of init_lora_weights: others (PiSSA, OLoRA, LoftQ ...) subtract the adapter's beginning from the base."""
@@ -152,7 +152,7 @@ def save_adapter(model: Decoder, folder: str | Path) -> None:
 
 
 def check_same_config(model: Decoder, config: LoraConfig, where: str) -> None:
-    """ValueError naming the first field in which an adapter that is to be trained on differs from the stage's [lora]."""
+    """ValueError naming the first field in which the model's adapter differs from the [lora] that shall go on."""
     assert model.adapter is not None
     raw = model.adapter.raw
     wanted = _raw_config(config)
@@ -170,9 +170,8 @@ def check_same_config(model: Decoder, config: LoraConfig, where: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return sorted(value)
-    return value or None if not isinstance(value, int | float) or isinstance(value, bool) else float(value)
+    """Comparable: lists in any order, and everything that is off (False, 0, {}, absent) alike."""
+    return sorted(value) if isinstance(value, list | tuple) else value or None
 
 
 def _raw_config(config: LoraConfig) -> dict[str, Any]:
@@ -222,7 +221,6 @@ def _read_parts(
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     tensors = _open_tensors(folder)
     places = projections(model)
-    linears = {name: module for name, module in model.named_modules() if name in {place[0] for place in places.values()}}
     modules: set[str] = set()
     for key in tensors:
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key)
@@ -241,7 +239,7 @@ def _read_parts(
     for module in sorted(modules):
         name, _, rows = places[module]
         rank = int(_patterned(raw.get("rank_pattern"), module, config.rank))
-        shapes = {"A": (rank, linears[name].in_features), "B": (rows.stop - rows.start, rank)}
+        shapes = {"A": (rank, model.get_submodule(name).in_features), "B": (rows.stop - rows.start, rank)}
         for which, shape in shapes.items():
             found = tensors.get(_key(module, which))
             if found is None or tuple(found.shape) != shape:

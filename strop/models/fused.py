@@ -126,8 +126,7 @@ class _NormLinear(torch.autograd.Function):
         dx = dnorm = dweight = normed_TD = None
         if needs_weight or needs_down:
             normed_TD = F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, ctx.eps)
-        if needs_weight:
-            dweight = grad_TE.T @ normed_TD
+            dweight = grad_TE.T @ normed_TD if needs_weight else None
         dinner, ddown, dup = _lora_backward(grad_TE, normed_TD, down_RD, up_ER, inner_TR)
         if needs_x or needs_norm:
             dnormed = grad_TE @ weight
@@ -208,10 +207,10 @@ class _SwigluLinear(torch.autograd.Function):
         needs_gate_up, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
         gate, up = gate_up_TI.chunk(2, dim=-1)
         silu = F.silu(gate)
-        dgate_up = dweight = None
-        product_TI = silu * up if needs_weight or needs_down else None
-        if needs_weight:
-            dweight = grad_TD.T @ product_TI
+        dgate_up = dweight = product_TI = None
+        if needs_weight or needs_down:
+            product_TI = silu * up
+            dweight = grad_TD.T @ product_TI if needs_weight else None
         dinner, ddown, dup = _lora_backward(grad_TD, product_TI, down_RI, up_DR, inner_TR)
         if needs_gate_up:
             grad_TI = grad_TD @ weight

@@ -104,7 +104,7 @@ def save_model(
 
     weights: values by parameter name that replace the model's own, say an optimiser's float32 masters. All tensors are
     written in the widest dtype among them, which config.json records. A model that came from a folder keeps the fields
-    of that folder's config that mean nothing here. Of a model with an adapter the adapter alone is written (adapters.py).
+    of that folder's config that mean nothing here. Of a model with an adapter that alone is written (adapters.py).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

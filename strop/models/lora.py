@@ -213,8 +213,9 @@ class Reference:
             assert linear.adapter is not None
             own: dict[str, AdapterPart] = {}
             for leaf, part in linear.adapter.parts().items():
-                A, B, _ = given.get((name, leaf), (torch.zeros_like(part.A), torch.zeros_like(part.B), 0.0))
-                own[leaf] = AdapterPart(A.to(part.A, copy=True), B.to(part.B, copy=True), start=part.start, scale=part.scale)
+                A, B, _ = given.get((name, leaf), (torch.zeros_like(part.A), torch.zeros_like(part.B), part.scale))
+                A, B = A.to(part.A, copy=True), B.to(part.B, copy=True)
+                own[leaf] = AdapterPart(A, B, start=part.start, scale=part.scale)
             self._adapters[name] = Adapter(own, linear.out_features).requires_grad_(False)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -224,7 +225,7 @@ class Reference:
     @torch.no_grad()
     def hidden(self, batch: PackedBatch) -> Tensor:
         linears = adapted_linears(self._policy)
-        is_base = not any(bool(part.B.any()) for adapter in self._adapters.values() for part in adapter.parts().values())
+        is_base = not any(bool(value.any()) for name, value in self.named_parameters() if name.endswith(".B"))
         own = {name: linear.adapter for name, linear in linears.items()}
         try:
             for name, linear in linears.items():

@@ -1,4 +1,4 @@
-"""With LoRA, SFT and GRPO learn what they learn with all weights trained, not from swapped answers, and the base stays."""
+"""With LoRA, SFT and GRPO learn as with all weights trained, not from swapped answers, and the base stays."""
 
 from __future__ import annotations
 

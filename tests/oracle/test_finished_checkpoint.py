@@ -41,7 +41,12 @@ def run_stage(stage: str, tiny_folder: Path, folder: Path, lora: LoraConfig | No
         run = pretrain.train(config, name="run", runs_dir=folder, resume=False)
     elif stage == "sft":
         config = sft.Config(
-            init_from=str(tiny_folder), data=str(folder / "rows.jsonl"), max_length=64, batch_tokens=64, lora=lora, **common
+            init_from=str(tiny_folder),
+            data=str(folder / "rows.jsonl"),
+            max_length=64,
+            batch_tokens=64,
+            lora=lora,
+            **common,
         )
         run = sft.train(config, name="run", runs_dir=folder, resume=False)
     else:

@@ -106,7 +106,10 @@ PATTERNS: list[dict[str, Any]] = [
     {"target_modules": "all-linear", "r": 4, "lora_alpha": 8},
     {"target_modules": r".*\.(1|2)\.(self_attn|mlp)\.(q|down)_proj", "r": 2, "lora_alpha": 5},
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2], "r": 2, "lora_alpha": 8},
-    {"target_modules": ["v_proj", "o_proj"], "r": 2, "lora_alpha": 4, "rank_pattern": {"v_proj": 5}, "alpha_pattern": {"1.self_attn.o_proj": 6}},
+    {
+        "target_modules": ["v_proj", "o_proj"], "r": 2, "lora_alpha": 4, "rank_pattern": {"v_proj": 5},
+        "alpha_pattern": {"1.self_attn.o_proj": 6},
+    },
 ]  # fmt: skip
 
 
