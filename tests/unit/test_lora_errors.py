@@ -88,6 +88,11 @@ def test_pre_training_has_no_adapter(here: Path, capsys: pytest.CaptureFixture[s
     assert "unknown key 'lora'" in refused(capsys, "pretrain", "recipe.toml")
 
 
+def test_a_flag_points_to_the_recipe(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.toml").write_text(SFT)
+    assert "'lora' is a table; set it in the recipe" in refused(capsys, "sft", "recipe.toml", "--lora.rank", "4")
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
