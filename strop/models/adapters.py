@@ -208,8 +208,13 @@ def _read_config(raw: Mapping[str, Any], where: Path) -> LoraConfig:
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise ValueError(f"{where}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
     for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(field) or {}, dict):
-            raise ValueError(f"{where}: {field} must be a table")
+        pattern = raw.get(field) or {}
+        if not isinstance(pattern, dict) or not all(isinstance(value, int | float) for value in pattern.values()):
+            raise ValueError(f"{where}: {field} must be a table of numbers")
+        for key in pattern:
+            # PEFT reads them as regular expressions, of which one can be written that never ends.
+            if not re.fullmatch(r"\^?[\w.]+", key):
+                raise ValueError(f"{where}: {field} has the key {key!r}; only names of modules are read")
     try:
         return LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(raw.get("use_rslora")))
     except ValueError as error:

@@ -252,9 +252,12 @@ class Decoder(nn.Module):
     def decoding(self, num_rows: int) -> Iterator[None]:
         """While it is entered, decode_step works from packed copies of the layers' weights, where that is faster.
 
+        A LoRA adapter is merged into them: two more products per projection and step would cost more than that.
+
         They are as large as the weights and do not follow updates: enter it for one rollout, not for longer.
         """
-        linears = [module for module in self.modules() if isinstance(module, Linear) and can_pack(module.weight)]
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        linears = [linear for linear in linears if can_pack(linear.weight) or linear.adapter is not None]
         try:
             for linear in linears:
                 linear.pack(num_rows)

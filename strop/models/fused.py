@@ -73,8 +73,12 @@ class Linear(nn.Linear):
         return lora_linear(input, self.weight, self.bias, self.lora())
 
     def pack(self, num_rows: int) -> None:
-        """Keep a second copy of the weight, arranged for about num_rows rows. It does not follow updates."""
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.merged_weight(), num_rows)
+        """Keep a second copy of the weight, arranged for about num_rows rows. It does not follow updates.
+
+        Where oneDNN has no arrangement for it, the copy is as plain as the weight, and of use for an adapter only.
+        """
+        weight = self.merged_weight()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows) if can_pack(weight) else weight
 
     def unpack(self) -> None:
         self.packed = None
@@ -83,6 +87,8 @@ class Linear(nn.Linear):
         """The product for a few rows, without gradient; from the packed weight where there is one."""
         if self.packed is None:
             return lora_linear(x_SD, self.weight, self.bias, self.lora())
+        if not self.packed.is_mkldnn:
+            return F.linear(x_SD, self.packed, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x_SD, self.packed, self.bias, "none", [], "")
 
 

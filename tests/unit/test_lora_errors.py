@@ -137,6 +137,8 @@ DAMAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "unheard of": (edit_json("adapter_config.json", use_future=True), "use_future=True is not supported"),
     "pissa": (edit_json("adapter_config.json", init_lora_weights="pissa"), "init_lora_weights='pissa' changes"),
     "ia3": (edit_json("adapter_config.json", peft_type="IA3"), "peft_type='IA3' is not supported"),
+    "regex": (edit_json("adapter_config.json", rank_pattern={"(a+)+b": 2}), "rank_pattern has the key '(a+)+b'"),
+    "pattern": (edit_json("adapter_config.json", alpha_pattern={"q_proj": "x"}), "alpha_pattern must be a table"),
     "rank": (edit_json("adapter_config.json", r=5), "has shape [2, 64], not [5, 64]"),
     "missing": (edit_tensors(lambda tensors: tensors.pop(FIRST)), f"{FIRST} is missing"),
     "fewer layers": (
