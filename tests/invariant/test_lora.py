@@ -19,8 +19,9 @@ from strop.models.lora import Reference, adapted_linears, detach, merged
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
-from strop.runs import read_lines
+from strop.runs import load_training_state, read_lines, resolve
 from strop.stages import grpo, sft
+from strop.stages.supervised import supervised_step
 from strop.tokenizer import Tokenizer
 from strop.types import PackedBatch, Request, SamplingParams, Segment
 
@@ -136,6 +137,18 @@ def test_the_engine_samples_from_the_adapted_model(tiny_folder: Path, dtype: tor
     assert mean["adapted"] < tolerance < 1.1 < mean["base"], mean
 
 
+def test_an_update_moves_the_adapter_and_nothing_else(tiny_folder: Path) -> None:
+    model = adapted(tiny_folder, dtype=torch.bfloat16)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimizer = OptimizerConfig(lr=1e-2, weight_decay=0.1).build(model.named_parameters())
+    supervised_step(model, optimizer, BATCH, lr=1e-2, max_grad_norm=1.0, micro_batch_tokens=64)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if ".adapter." in name}
+    assert {name.split(".", 1)[1] for name in optimizer.state_dict()} == moved, "no master, no moment of the base"
+    detach(model)
+    assert weight_hash(model) == copy_without_adapter(model, tiny_folder)
+
+
 def rows_file(folder: Path) -> str:
     words = ["brown", "lazy", "cat", "dog", "fox", "quick"]
     rows = [{"prompt": f"the {a} {b}", "completion": f" {b}", "answer": "x"} for a in words for b in words]
@@ -176,6 +189,8 @@ def test_a_run_leaves_the_base_alone_and_chains_to_the_next(tiny_folder: Path, t
         assert (folder / record["folder"]).resolve() == tmp_path / "base"
         assert record["weights_sha256"] == tensors_hash(tmp_path / "base")
         assert not (folder / "config.json").exists() and not (folder / "model.safetensors").exists()
+        tensors, _ = load_training_state(resolve(str(folder), tmp_path))
+        assert tensors and all(".adapter." in name or name.startswith("reference.") for name in tensors)
     assert (folders[2] / "model.safetensors").is_file()
     # Each begins where the one before it ended: at step 1 the policy is the reference, so that their KL is 0.
     lines = list(read_lines(second / "metrics.jsonl"))
