@@ -20,7 +20,12 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-JOBS = {"generation": ("strop", "transformers"), "sft": ("strop", "trl"), "grpo": ("strop", "trl")}
+JOBS = {
+    "generation": ("strop", "transformers"),
+    "sft": ("strop", "trl"),
+    "grpo": ("strop", "trl"),
+    "grpo_lora": ("strop", "trl"),
+}
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2"
 

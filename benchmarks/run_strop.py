@@ -52,7 +52,8 @@ def sft(model_folder: str) -> None:
         _measured(train, config, Path(folder), "num_tokens")
 
 
-def grpo(model_folder: str) -> None:
+def grpo(model_folder: str, *, has_lora: bool = False) -> None:
+    from strop.models import LoraConfig
     from strop.optim import OptimizerConfig
     from strop.rewards.config import RewardConfig
     from strop.rollouts.prompts import Sampling
@@ -70,12 +71,18 @@ def grpo(model_folder: str) -> None:
             prompts_per_step=work.GRPO_PROMPTS,
             group_size=work.GRPO_GROUP,
             sampling=Sampling(max_new_tokens=work.GRPO_NEW_TOKENS),
-            optimizer=OptimizerConfig(lr=1e-6),
-            micro_batch_tokens=2560,
+            optimizer=OptimizerConfig(lr=work.LORA_LR if has_lora else 1e-6),
+            lora=LoraConfig(rank=work.LORA_RANK, alpha=work.LORA_ALPHA) if has_lora else None,
+            # With an adapter small micro-batches cost little: there are no gradients of whole weights to add up.
+            micro_batch_tokens=640 if has_lora else 2560,
             num_slots=work.GRPO_PROMPTS * work.GRPO_GROUP,
             save_every=10_000,
         )
         _measured(train, config, Path(folder), "num_tokens")
+
+
+def grpo_lora(model_folder: str) -> None:
+    grpo(model_folder, has_lora=True)
 
 
 def _measured(train, config, folder: Path, tokens_key: str) -> None:
@@ -88,4 +95,4 @@ def _measured(train, config, folder: Path, tokens_key: str) -> None:
 
 
 if __name__ == "__main__":
-    {"generation": generation, "sft": sft, "grpo": grpo}[sys.argv[1]](sys.argv[2])
+    {"generation": generation, "sft": sft, "grpo": grpo, "grpo_lora": grpo_lora}[sys.argv[1]](sys.argv[2])

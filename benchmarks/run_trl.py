@@ -55,7 +55,7 @@ def sft(model_folder: str) -> None:
     work.report([tokens] * work.TIMED_STEPS, clock.seconds[work.WARM_UP_STEPS :])
 
 
-def grpo(model_folder: str) -> None:
+def grpo(model_folder: str, *, has_lora: bool = False) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     counts: list[int] = []
@@ -65,6 +65,13 @@ def grpo(model_folder: str) -> None:
         return work.long_answer_reward(completions)
 
     steps = work.WARM_UP_STEPS + work.TIMED_STEPS
+    lora = None
+    if has_lora:
+        from peft import LoraConfig
+
+        lora = LoraConfig(
+            r=work.LORA_RANK, lora_alpha=work.LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     prompts = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(work.GRPO_PROMPTS)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -78,12 +85,17 @@ def grpo(model_folder: str) -> None:
                 max_completion_length=work.GRPO_NEW_TOKENS,
                 beta=0.0,
                 max_steps=steps,
-                **_common(folder),
+                **_common(folder) | ({"learning_rate": work.LORA_LR} if has_lora else {}),
             ),
+            peft_config=lora,
             callbacks=[clock := Clock()],
         )
         trainer.train()
     work.report(counts[work.WARM_UP_STEPS :], clock.seconds[work.WARM_UP_STEPS :])
+
+
+def grpo_lora(model_folder: str) -> None:
+    grpo(model_folder, has_lora=True)
 
 
 def _common(folder: str) -> dict:
@@ -103,4 +115,4 @@ def _common(folder: str) -> dict:
 
 
 if __name__ == "__main__":
-    {"sft": sft, "grpo": grpo}[sys.argv[1]](sys.argv[2])
+    {"sft": sft, "grpo": grpo, "grpo_lora": grpo_lora}[sys.argv[1]](sys.argv[2])

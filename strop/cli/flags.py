@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def parse_stage_flags(
     """
     recipe_only = _recipe_only_fields(config_class)
     for argument in args:
-        field = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        field = re.split("[=.]", argument.removeprefix("--"))[0].replace("-", "_")
         if argument.startswith("--") and field in recipe_only:
             raise ValueError(f"--{field.replace('_', '-')}: '{field}' is a table; set it in the recipe")
     flag_class = _flag_class(config_class, recipe_only)

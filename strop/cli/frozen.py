@@ -65,7 +65,7 @@ def frozen_model(arguments: ModelArguments, *, num_slots: int = 32) -> Iterator[
     from torch import nn
 
     from strop.generation import Engine
-    from strop.models import choose_dtype, load_model, weight_hash
+    from strop.models import choose_dtype, load_model, tokenizer_folder, weight_hash
     from strop.runs import resolve
     from strop.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def frozen_model(arguments: ModelArguments, *, num_slots: int = 32) -> Iterator[
     dtype = choose_dtype(arguments.dtype, arguments.device)
     model = load_model(checkpoint.path, dtype=dtype, device=arguments.device, frozen=True)
     assert isinstance(model, nn.Module)
-    tokenizer = Tokenizer.load(checkpoint.path)
+    tokenizer = Tokenizer.load(tokenizer_folder(checkpoint.path))
     tokenizer.check_fits(model.lm_head_weight.shape[0])
     before = weight_hash(model)
     print(f"{checkpoint.path}: {str(dtype).removeprefix('torch.')}, weights {before[:16]}", file=sys.stderr)

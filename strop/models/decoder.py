@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_l
 from strop.models.interface import Cache
 from strop.models.native import NativeDecode, can_decode
 from strop.types import PackedBatch, Segment
+
+if TYPE_CHECKING:
+    from strop.models.adapters import AdapterOrigin
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -79,7 +82,7 @@ class Attention(nn.Module):
 
     def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (T, N, H), keys and values (T, K, H), rotated to their positions."""
-        qkv = norm_linear(x_TD, self.norm.weight, self.qkv.weight, self.qkv.bias, self.norm.eps)
+        qkv = norm_linear(x_TD, self.norm.weight, self.qkv.weight, self.qkv.bias, self.norm.eps, self.qkv.lora())
         return self._rotated(qkv, rope)
 
     def _rotated(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,8 +134,9 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_up = norm_linear(x_TD, self.norm.weight, self.gate_up.weight, self.gate_up.bias, self.norm.eps)
-        return swiglu_linear(gate_up, self.down.weight, self.down.bias)
+        fused = self.gate_up
+        gate_up = norm_linear(x_TD, self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
+        return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora())
 
     def decode(self, x_SD: Tensor) -> Tensor:
         """As forward, for a few rows and without gradient."""
@@ -190,6 +194,8 @@ class Decoder(nn.Module):
         """config.json and generation_config.json of the folder that it was loaded from, kept for the next one."""
         self.source_generation_config: dict[str, Any] | None = None
         self._native: NativeDecode | None = None
+        self.adapter: AdapterOrigin | None = None
+        """Where the LoRA adapter in its Linears belongs (adapters.py); None without one."""
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: casting the model to bf16 must leave the angles exact.
         self._frequencies_H = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -248,7 +254,8 @@ class Decoder(nn.Module):
     def decoding(self, num_rows: int) -> Iterator[None]:
         """While it is entered, decode_step works from packed copies of the layers' weights, where that is faster.
 
-        They are as large as the weights and do not follow updates: enter it for one rollout, not for longer. Where this
+        A LoRA adapter is merged into them: two more products per projection and step would cost more than that. They
+        are as large as the weights and do not follow updates: enter it for one rollout, not for longer. Where this
         machine has the C++ decode step, that is what uses them.
         """
         if can_decode(self):
@@ -258,7 +265,8 @@ class Decoder(nn.Module):
             finally:
                 self._native = None
             return
-        linears = [module for module in self.modules() if isinstance(module, Linear) and can_pack(module.weight)]
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        linears = [linear for linear in linears if can_pack(linear.weight) or linear.adapter is not None]
         try:
             for linear in linears:
                 linear.pack(num_rows)

@@ -6,11 +6,12 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from strop.models.adapters import base_folder, is_adapter, read_adapter, save_adapter
 from strop.models.config import ModelConfig
 from strop.models.decoder import Decoder
 from strop.models.folders import (
@@ -24,18 +25,32 @@ from strop.models.folders import (
 )
 from strop.models.huggingface import FAMILIES, config_from_dict, config_to_dict, disk_names
 from strop.models.interface import CausalLM
+from strop.models.lora import fold
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", frozen: bool = False
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    frozen: bool = False,
+    adapter: Literal["merge", "keep"] = "merge",
+    base: str | Path | None = None,
 ) -> CausalLM:
     """The causal language model in a Hugging Face folder: a Decoder, or a slower FallbackModel with a UserWarning.
+
+    A folder with a LoRA adapter stands for its base with the adapter merged into the weights, or, with
+    adapter="keep", beside them: then it alone is trainable. `base` names the base where the folder itself does not.
 
     dtype None keeps the one on disk, the widest where tensors differ. Tensors are read one by one into place, so that
     memory never holds the weights twice. frozen: no parameter takes a gradient. Raises ValueError for a folder that is
     not a model, a config that the family's decoder cannot honour, and missing, unexpected or misshapen tensors.
     """
     folder = Path(folder)
+    if is_adapter(folder):
+        return _load_adapted(
+            folder, base or base_folder(folder), dtype=dtype, device=device, frozen=frozen, is_kept=adapter == "keep"
+        )
     check_folder(folder)
     raw = read_json(folder / "config.json")
     if raw.get("model_type") in FAMILIES:
@@ -55,6 +70,29 @@ def load_model(
     return model
 
 
+def _load_adapted(
+    folder: Path,
+    base: str | Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    frozen: bool,
+    is_kept: bool,
+) -> CausalLM:
+    if is_adapter(base):
+        raise ValueError(f"{folder}: its base {base} is an adapter itself: merge that one first (strop models merge)")
+    model = load_model(base, dtype=dtype, device=device)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{folder}: adapters are read for {', '.join(FAMILIES)} only; merge it into {base} with peft")
+    read_adapter(model, folder, base)
+    if not is_kept:
+        fold(model)
+        model.requires_grad_(True)
+    if frozen:
+        model.requires_grad_(False).eval()
+    return model
+
+
 def save_model(
     model: CausalLM,
     folder: str | Path,
@@ -66,10 +104,14 @@ def save_model(
 
     weights: values by parameter name that replace the model's own, say an optimiser's float32 masters. All tensors are
     written in the widest dtype among them, which config.json records. A model that came from a folder keeps the fields
-    of that folder's config that mean nothing here.
+    of that folder's config that mean nothing here. Of a model with an adapter that alone is written (adapters.py).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Decoder) and model.adapter is not None:
+        assert weights is None and max_shard_bytes == MAX_SHARD_BYTES, "an adapter is one file of its own values"
+        save_adapter(model, folder)
+        return
     if isinstance(model, Decoder):
         write_module(model, model.config, folder, weights=weights, max_shard_bytes=max_shard_bytes)
         return

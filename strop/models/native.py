@@ -107,16 +107,16 @@ class NativeDecode:
         q_norm, k_norm = attention.q_norm, attention.k_norm
         return _Layer(
             attention_norm=self._kept(attention.norm.weight),
-            qkv=self._packed(attention.qkv.weight),
+            qkv=self._packed(attention.qkv.merged_weight()),
             qkv_bias=self._kept(attention.qkv.bias),
             q_norm=self._kept(None if q_norm is None else q_norm.weight),
             k_norm=self._kept(None if k_norm is None else k_norm.weight),
-            output=self._packed(attention.output.weight),
+            output=self._packed(attention.output.merged_weight()),
             output_bias=self._kept(attention.output.bias),
             mlp_norm=self._kept(mlp.norm.weight),
-            gate_up=self._packed(mlp.gate_up.weight, is_gated=True),
+            gate_up=self._packed(mlp.gate_up.merged_weight(), is_gated=True),
             gate_up_bias=self._kept(mlp.gate_up.bias),
-            down=self._packed(mlp.down.weight),
+            down=self._packed(mlp.down.merged_weight()),
             down_bias=self._kept(mlp.down.bias),
             has_rope=attention.has_rope,
         )

@@ -21,6 +21,8 @@ PARTIAL = ".partial"
 _MANIFEST = "checkpoint.json"
 _STATE_TENSORS = "training_state.safetensors"
 _STATE_JSON = "training_state.json"
+_CONFIGS = ("config.json", "adapter_config.json")
+"""One of them makes a folder a model, or a LoRA adapter of one."""
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 
@@ -157,7 +159,7 @@ def load_training_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict
 
 
 def resolve(reference: str, runs_dir: str | Path) -> Checkpoint:
-    """The checkpoint that "RUN" (its newest), "RUN/120" (that step), or a folder with a config.json means.
+    """The checkpoint that "RUN" (its newest), "RUN/120" (that step), or the folder of a model or adapter means.
 
     A name of a run is tried before a folder of the same name. The model's files are verified against their hashes.
     ValueError when there is no such thing, with the nearest run names or the steps that exist.
@@ -176,7 +178,7 @@ def resolve(reference: str, runs_dir: str | Path) -> Checkpoint:
         verify(checkpoint, model_only=True)
         return checkpoint
     path = Path(reference).expanduser()
-    if (path / "config.json").is_file():
+    if any((path / config).is_file() for config in _CONFIGS):
         return _resolve_folder(path)
     if (path / "run.json").is_file():
         raise ValueError(f"{reference} is the folder of a run: name the run, {path.name}, or one of its checkpoints")

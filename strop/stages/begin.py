@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from strop.models import choose_dtype
+from strop.models import CausalLM, Decoder, LoraConfig, choose_dtype, load_model, tokenizer_folder
+from strop.models.adapters import add_adapter, check_same_config
 from strop.models.precision import DTYPES
 from strop.optim import OptimizerConfig
-from strop.runs import Start
+from strop.runs import Start, derive_seed
 from strop.runs.files import sync
 from strop.tokenizer import Tokenizer
 
@@ -43,6 +44,30 @@ def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
     """The run's compute dtype: measured once for "auto", and the same ever after."""
     name = start.settle("dtype", lambda: str(choose_dtype(requested, device)).removeprefix("torch."))
     return DTYPES[name]
+
+
+def load_policy(start: Start, lora: LoraConfig | None, dtype: torch.dtype, device: str, seed: int) -> CausalLM:
+    """The model to train. With lora only an adapter is trainable: the checkpoint's own, or a fresh one on its weights.
+
+    Without lora, a checkpoint that is an adapter is merged into its base, and everything is trained. ValueError where
+    [lora] differs from the adapter that the run starts from, or the architecture is one that takes none.
+    """
+    folder = start.model_folder
+    model = load_model(folder, dtype=dtype, device=device, adapter="merge" if lora is None else "keep")
+    if lora is None:
+        return model
+    if not isinstance(model, Decoder):
+        raise ValueError(f"[lora] is not supported for {folder}, which runs through transformers: train all weights")
+    if model.adapter is None:
+        add_adapter(model, lora, seed=derive_seed(seed, "lora"), base=folder)
+    else:
+        check_same_config(model, lora, str(folder))
+    return model
+
+
+def load_tokenizer(start: Start) -> Tokenizer:
+    """The tokenizer of the checkpoint that the run starts from; an adapter's may be its base's."""
+    return Tokenizer.load(tokenizer_folder(start.model_folder))
 
 
 def kept_tokenizer(start: Start, make: Callable[[], Tokenizer]) -> Tokenizer:

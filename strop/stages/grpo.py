@@ -25,7 +25,9 @@ from torch import Tensor
 from strop.data import TaskBatches, load_rows, tasks_from_rows
 from strop.evals.tasks import evaluate_tasks
 from strop.generation import Engine
-from strop.models import CausalLM, load_model, save_model
+from strop.models import CausalLM, Decoder, load_model, save_model
+from strop.models.adapters import adapter_parts, is_adapter
+from strop.models.lora import reference_of
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
     sequence_sum,
@@ -45,7 +47,7 @@ from strop.rollouts.logprobs import frozen_logprobs
 from strop.rollouts.prompts import encode_prompts
 from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
-from strop.stages.begin import chosen_dtype, kept_tokenizer
+from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
 from strop.stages.grpo_config import Config
 from strop.stages.grpo_loss import micro_loss
 from strop.tokenizer import Tokenizer
@@ -254,14 +256,11 @@ def _train(
     eval_tasks: Sequence[Task],
 ) -> None:
     run = start.run
-    tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
+    tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
     dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_model(start.model_folder, dtype=dtype, device=config.device)
+    policy = load_policy(start, config.lora, dtype, config.device, config.seed)
     tokenizer.check_fits(policy.config.vocab_size)
-    reference = None
-    if config.kl_coef:
-        assert start.parent is not None
-        reference = load_model(start.parent.path, dtype=dtype, device=config.device, frozen=True)
+    reference = load_reference(start, policy, dtype, config) if config.kl_coef else None
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(train_tasks, tokenizer, config.sampling.max_new_tokens, limit)
     encode_prompts(eval_tasks, tokenizer, config.sampling.max_new_tokens, limit)
@@ -315,12 +314,23 @@ def _train(
                 interrupt.exit()
 
 
+def load_reference(start: Start, policy: CausalLM, dtype: torch.dtype, config: Config) -> CausalLM:
+    """The checkpoint that the run started from. With LoRA it is the policy's own base, without a second copy of it."""
+    assert start.parent is not None
+    folder = start.parent.path
+    if config.lora is None:
+        return load_model(folder, dtype=dtype, device=config.device, frozen=True)
+    assert isinstance(policy, Decoder)
+    return reference_of(policy, adapter_parts(policy, folder) if is_adapter(folder) else None)
+
+
 def refresh_reference(actors: Actors) -> None:
     """The policy of this moment becomes the reference."""
     assert actors.reference is not None
+    current = dict(actors.policy.named_parameters())
     with torch.no_grad():
-        for old, new in zip(actors.reference.parameters(), actors.policy.parameters(), strict=True):
-            old.copy_(new)
+        for name, old in actors.reference.named_parameters():
+            old.copy_(current[name])
 
 
 def save(run: RunFolder, step: int, actors: Actors, tasks: TaskBatches, skipped: SkippedSteps, config: Config) -> None:

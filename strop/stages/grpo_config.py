@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from strop.models import LoraConfig
 from strop.objectives.aggregate import Aggregation
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
@@ -93,6 +94,8 @@ class Config:
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     """AdamW and its schedule; its steps are rollouts."""
+    lora: LoraConfig | None = None
+    """Train only a LoRA adapter, its table [lora]; not set = all weights."""
     micro_batch_tokens: int = 2048
     """Tokens per forward and backward pass, each prompt once per group: bounds the memory, not the result."""
     num_slots: int = 64

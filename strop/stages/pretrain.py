@@ -14,7 +14,7 @@ from strop.generation import Engine
 from strop.models import CausalLM, ModelConfig, init_model, load_model, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_tokenizer
 from strop.stages.supervised import restore, save_failed_batch, supervised_step
 from strop.tokenizer import Tokenizer, train_bpe
 from strop.types import Request, SamplingParams
@@ -219,7 +219,7 @@ def _tokenizer(config: Config, start: Start) -> Tokenizer:
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer)
     if start.parent is not None:
-        return Tokenizer.load(start.parent.path)
+        return load_tokenizer(start)
     texts = (text for source in config.data for _, text in stream_texts(source.path))
     return train_bpe(texts, config.vocab_size)
 

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from strop.data import Examples, PackedBatches, load_rows, sft_examples
-from strop.models import load_model, save_model
+from strop.models import LoraConfig, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, derive_seed, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
 from strop.stages.supervised import mean_loss, restore, save_failed_batch, supervised_step
-from strop.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,8 @@ class Config:
     """Dropped and truncated examples are counted and reported."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-5, schedule="cosine"))
     """AdamW and its schedule."""
+    lora: LoraConfig | None = None
+    """Train only a LoRA adapter, its table [lora]; not set = all weights."""
     eval_every: int = 50
     """Steps between evaluations on eval_data; the last step always has one."""
     save_every: int = 100
@@ -75,10 +76,9 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     )  # fmt: skip
     with start, Interrupt() as interrupt:
         run = start.run
-        tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
-        model = load_model(
-            start.model_folder, dtype=chosen_dtype(start, config.dtype, config.device), device=config.device
-        )
+        tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
+        dtype = chosen_dtype(start, config.dtype, config.device)
+        model = load_policy(start, config.lora, dtype, config.device, config.seed)
         tokenizer.check_fits(model.config.vocab_size)
         examples = sft_examples(rows, tokenizer, config.max_length, on_too_long=config.on_too_long)
         check_lengths(examples, model.config.max_position_embeddings)

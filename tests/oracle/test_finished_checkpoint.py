@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from strop.models import load_model
+from strop.models import LoraConfig, load_model
 from strop.models.interface import CausalLM
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
@@ -20,7 +20,7 @@ from strop.types import PackedBatch, Segment
 TEXTS = ["the quick brown fox jumps over the lazy dog", "a cat sleeps all day", "in zürich 42 owls"]
 
 
-def run_stage(stage: str, tiny_folder: Path, folder: Path) -> Path:
+def run_stage(stage: str, tiny_folder: Path, folder: Path, lora: LoraConfig | None) -> Path:
     """The last checkpoint of a short run."""
     rows = [{"prompt": text[:9], "completion": text[9:], "answer": ""} for text in TEXTS]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -41,7 +41,12 @@ def run_stage(stage: str, tiny_folder: Path, folder: Path) -> Path:
         run = pretrain.train(config, name="run", runs_dir=folder, resume=False)
     elif stage == "sft":
         config = sft.Config(
-            init_from=str(tiny_folder), data=str(folder / "rows.jsonl"), max_length=64, batch_tokens=64, **common
+            init_from=str(tiny_folder),
+            data=str(folder / "rows.jsonl"),
+            max_length=64,
+            batch_tokens=64,
+            lora=lora,
+            **common,
         )
         run = sft.train(config, name="run", runs_dir=folder, resume=False)
     else:
@@ -52,6 +57,7 @@ def run_stage(stage: str, tiny_folder: Path, folder: Path) -> Path:
             prompts_per_step=3,
             group_size=4,
             sampling=Sampling(max_new_tokens=5, stop=("e", "a", "o", "t", "n", "i", "r", "s")),
+            lora=lora,
             **common,
         )
         run = grpo.train(config, name="run", runs_dir=folder, resume=False)
@@ -67,11 +73,17 @@ def ours(model: CausalLM, ids: list[int]) -> torch.Tensor:
         return model.logits(model.hidden(batch))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
-def test_transformers_opens_it_and_gives_the_same_logits(stage: str, tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, where peft meets it
+@pytest.mark.parametrize(
+    ("stage", "lora"),
+    [("pretrain", None), ("sft", None), ("grpo", None), ("sft", LoraConfig(rank=2)), ("grpo", LoraConfig(rank=2))],
+)
+def test_transformers_opens_it_and_gives_the_same_logits(
+    stage: str, lora: LoraConfig | None, tiny_folder: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    checkpoint = run_stage(stage, tiny_folder, tmp_path)
+    checkpoint = run_stage(stage, tiny_folder, tmp_path, lora)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert theirs.dtype == torch.float32
     tokenizer, their_tokenizer = Tokenizer.load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from strop.models.config import ModelConfig
 from strop.models.decoder import Decoder, init_model
+from strop.models.lora import LoraConfig, attach, fresh_parts
 from strop.models.native import can_decode
 from strop.native import build
 from strop.types import PackedBatch, Segment
@@ -115,6 +116,23 @@ def test_a_copy_as_of_now() -> None:
         after, _ = decoded(model, rows, [2])
     assert torch.equal(before, same)
     assert not torch.allclose(before, after, atol=0.01)
+
+
+def test_a_lora_adapter_is_in_the_packed_weights() -> None:
+    needs_kernels()
+    model = make_model(MODELS["qwen2"])
+    parts = fresh_parts(model, LoraConfig(rank=4), seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for name, (A, B, scale) in parts.items():
+        parts[name] = A, 0.2 * torch.randn(B.shape, generator=generator), scale
+    rows = [[1, 2, 3, 4, 5, 6]]
+    with model.decoding(1):
+        base, _ = decoded(model, rows, [2])
+    attach(model, parts)
+    expected = whole(model, rows)[0][2:]
+    with model.decoding(1):
+        adapted, _ = decoded(model, rows, [2])
+    assert (adapted[0] - expected).norm() < 0.03 * expected.norm() < 0.1 * (base[0] - expected).norm()
 
 
 def test_bits_do_not_depend_on_the_number_of_threads() -> None:
