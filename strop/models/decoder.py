@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strop.models.attention import AttentionPlan
+from strop.models.attention import AttentionPlan, rotate
 from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
 from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear
@@ -37,15 +37,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x with each pair (x[i], x[i + H/2]) turned by its angle. x (..., heads, H); cos, sin (..., 1, H), in x's dtype.
-
-    The pairing is Hugging Face's half-split one, so checkpoints need no permutation.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -82,18 +73,24 @@ class Attention(nn.Module):
         return self._rotated(qkv, rope)
 
     def _rotated(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = qkv.view(qkv.shape[0], -1, self.head_dim)
+        qkv = self._normed_heads(qkv.view(qkv.shape[0], -1, self.head_dim))
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, : self.num_heads]), self.k_norm(qk[:, self.num_heads :])], dim=1)
         if self.has_rope:
             qk = rotate(qk, *rope)
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
         return q, k, v
 
+    def _normed_heads(self, qkv: Tensor) -> Tensor:
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
+
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        q, k, v = self.project(x_TD, rope)
-        return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+        qkv = norm_linear(x_TD, self.norm.weight, self.qkv.weight, self.qkv.bias, self.norm.eps)
+        qkv = self._normed_heads(qkv.view(qkv.shape[0], -1, self.head_dim))
+        out = plan.attend_projected_(qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
+        return self.output(out.flatten(1))
 
     def prefill(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, ranges: _Ranges

@@ -1,7 +1,8 @@
 """Layers that keep less for their backward pass: what is cheap to compute again is computed again.
 
 Per token and layer they leave the block's input, the rotated queries, keys and values, the attention's output and the
-MLP's gate and up: about half of what autograd would keep. Values are those of the plain operations.
+MLP's gate and up: about half of what autograd would keep. Values are those of the plain operations; in bf16 on a CPU
+that has them, the kernels of strop.native round once where torch rounds after every operation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from strop.native import train as native
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, the mean of squares in float32 (Zhang and Sennrich 2019, eq. 4).
@@ -20,14 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Only x is kept.
     """
     if not torch.is_grad_enabled():
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return _normed(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def norm_linear(x_TD: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """linear(rms_norm(x)), shape (T, E). Of its activations only x is kept."""
     if not torch.is_grad_enabled():
-        return F.linear(F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, eps), weight, bias)
+        return F.linear(_normed(x_TD, norm_weight, eps), weight, bias)
     return _NormLinear.apply(x_TD, norm_weight, weight, bias, eps)
 
 
@@ -63,8 +65,7 @@ def can_pack(weight: Tensor) -> bool:
 def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """linear(silu(gate) * up), shape (T, D). Of its activations only gate_up is kept (Shazeer 2020, SwiGLU)."""
     if not torch.is_grad_enabled():
-        gate, up = gate_up_TI.chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, weight, bias)
+        return F.linear(_gated(gate_up_TI), weight, bias)
     return _SwigluLinear.apply(gate_up_TI, weight, bias)
 
 
@@ -73,7 +74,7 @@ class _NormLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x_TD, norm_weight, weight)
         ctx.eps = eps
-        return F.linear(F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, eps), weight, bias)
+        return F.linear(_normed(x_TD, norm_weight, eps), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -82,7 +83,7 @@ class _NormLinear(torch.autograd.Function):
         needs_x, needs_norm, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dx = dnorm = dweight = None
         if needs_weight:
-            dweight = grad_TE.T @ F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, ctx.eps)
+            dweight = grad_TE.T @ _normed(x_TD, norm_weight, ctx.eps)
         if needs_x or needs_norm:
             dx, dnorm = _rms_norm_gradients(grad_TE @ weight, x_TD, norm_weight, ctx.eps)
         return dx, dnorm, dweight, grad_TE.sum(0) if needs_bias else None, None
@@ -93,7 +94,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return _normed(x, weight, eps)
 
     @staticmethod
     @once_differentiable
@@ -103,8 +104,16 @@ class _RMSNorm(torch.autograd.Function):
         return dx.view(x.shape), dweight, None
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if native.has_kernels(x) and weight.dtype == x.dtype:
+        return native.rms_norm(x.contiguous(), weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
 def _rms_norm_gradients(grad_TD: Tensor, x_TD: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(dx, dweight). Everything goes to one wide dtype first: operations on mixed ones are not vectorised."""
+    if native.has_kernels(x_TD) and weight.dtype == x_TD.dtype:
+        return native.rms_norm_backward(grad_TD.contiguous(), x_TD.contiguous(), weight, eps)
     wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     grad_TD, unit_TD = grad_TD.to(wide), x_TD.to(wide)
     inverse_T1 = unit_TD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -116,27 +125,44 @@ def _rms_norm_gradients(grad_TD: Tensor, x_TD: Tensor, weight: Tensor, eps: floa
     return dx.to(x_TD.dtype), dweight.to(weight.dtype)
 
 
+def _gated(gate_up_TI: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if native.has_kernels(gate_up_TI):
+        return native.swiglu(gate_up_TI)
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _gated_gradients_(grad_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, the gradient of gate_up); overwrites grad_TI, the gradient of the former."""
+    if native.has_kernels(gate_up_TI):
+        return grad_TI, native.swiglu_backward_(grad_TI, gate_up_TI)
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    gated = silu * up
+    dgate_up = torch.empty_like(gate_up_TI)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    torch.mul(grad_TI, silu, out=dup)
+    torch.ops.aten.silu_backward.grad_input(grad_TI.mul_(up), gate, grad_input=dgate)
+    return gated, dgate_up
+
+
 class _SwigluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_TI, weight)
-        gate, up = gate_up_TI.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), weight, bias)
+        return F.linear(_gated(gate_up_TI), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_TI, weight = ctx.saved_tensors
         needs_gate_up, needs_weight, needs_bias = ctx.needs_input_grad
-        gate, up = gate_up_TI.chunk(2, dim=-1)
-        silu = F.silu(gate)
         dgate_up = dweight = None
-        if needs_weight:
-            dweight = grad_TD.T @ (silu * up)
         if needs_gate_up:
-            grad_TI = grad_TD @ weight
-            dgate_up = torch.empty_like(gate_up_TI)
-            dgate, dup = dgate_up.chunk(2, dim=-1)
-            torch.mul(grad_TI, silu, out=dup)
-            torch.ops.aten.silu_backward.grad_input(grad_TI.mul_(up), gate, grad_input=dgate)
+            gated_TI, dgate_up = _gated_gradients_(grad_TD @ weight, gate_up_TI)
+        elif needs_weight:
+            gated_TI = _gated(gate_up_TI)
+        if needs_weight:
+            dweight = grad_TD.T @ gated_TI
         return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None
