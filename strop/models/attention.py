@@ -72,6 +72,7 @@ class AttentionPlan:
 
     def __init__(self, segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> None:
         self.segments, self._dtype, self._device = segments, dtype, device
+        self.num_tokens = sum(map(len, segments))
 
     @cached_property
     def calls(self) -> list[_Call]:
