@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from strop.native import train as native
 
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, the mean of squares in float32 (Zhang and Sennrich 2019, eq. 4).
 

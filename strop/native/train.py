@@ -1,4 +1,4 @@
-"""The kernels of a training step as functions on tensors. Who calls one asks `has_kernels` first: nothing here falls back.
+"""The kernels of a training step as functions on tensors. Callers ask `has_kernels` first: nothing here falls back.
 
 All take contiguous bf16 tensors on the CPU, compute in float32 and round each result once.
 """
@@ -137,9 +137,7 @@ def head_gradient_(
     )  # fmt: skip
 
 
-def attention(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rows: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(outputs (T, N, H), log-sum-exp (T, N) in float32); the inputs may be views of one (T, N + 2K, H).
 
     rows int64 (rows, 4): start, length, trunk start, trunk length.

@@ -154,7 +154,13 @@ class _LinearLogprobs(torch.autograd.Function):
             if ctx.softcap is None and native.has_kernels(grad_logits):
                 entropy_and_grad = None if grad_entropy_R is None else (entropy_R, grad_entropy_R.contiguous())
                 native.head_gradient_(
-                    grad_logits, labels_R, lse_R, grad_logprobs_R.contiguous(), entropy_and_grad, left, 1 / ctx.temperature
+                    grad_logits,
+                    labels_R,
+                    lse_R,
+                    grad_logprobs_R.contiguous(),
+                    entropy_and_grad,
+                    left,
+                    1 / ctx.temperature,
                 )
             else:
                 for top in range(0, num_rows, block_rows):
