@@ -181,13 +181,15 @@ class _NativeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TXH, output_TNH, lse_TN = ctx.saved_tensors
         dqkv_TXH = torch.empty_like(qkv_TXH)
+        rows, segments = ctx.plan.native_rows
         native.attention_backward(
             _split(qkv_TXH, ctx.num_kv_heads),
             output_TNH,
             grad_TNH.contiguous(),
             lse_TN,
             _split(dqkv_TXH, ctx.num_kv_heads),
-            *ctx.plan.native_rows,
+            rows,
+            segments,
             ctx.scale,
         )
         if ctx.rope is not None:

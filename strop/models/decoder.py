@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from strop.models.attention import AttentionPlan, rotate
 from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
-from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear
+from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear, tied_embedding
 from strop.models.interface import Cache
 from strop.types import PackedBatch, Segment
 
@@ -209,9 +209,18 @@ class Decoder(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, shape (T, D); the head turns position t into the law of labels_T[t]."""
+        return self._hidden(self.embedding(batch.token_ids_T), batch)
+
+    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(hidden(batch), lm_head_weight), for a loss that uses both: tied weights then have one dense gradient."""
+        if self.head is not None:
+            return self.hidden(batch), self.head.weight
+        x_TD, head_VD = tied_embedding(batch.token_ids_T, self.embedding.weight)
+        return self._hidden(x_TD, batch), head_VD
+
+    def _hidden(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         plan = AttentionPlan(batch.segments, dtype=self.dtype, device=self.device)
         rope = self._rope(batch.position_ids_T())
-        x_TD = self.embedding(batch.token_ids_T)
         for layer in self.layers:
             x_TD = layer(x_TD, rope, plan)
         return self.final_norm(x_TD)

@@ -27,6 +27,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def tied_embedding(token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """(The rows of an embedding (T, D), the same weight as the head should use it).
+
+    The gradient that the head makes for its weight is dense, (V, D); the embedding's own few rows are added into that
+    tensor. Left to autograd there would be a second dense one, zero almost everywhere.
+    """
+    if torch.is_grad_enabled() and weight_VD.requires_grad and native.has_kernels(weight_VD):
+        return _TiedEmbedding.apply(token_ids_T, weight_VD)
+    return F.embedding(token_ids_T, weight_VD), weight_VD
+
+
 def norm_linear(x_TD: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """linear(rms_norm(x)), shape (T, E). Of its activations only x is kept."""
     if not torch.is_grad_enabled():
@@ -68,6 +79,32 @@ def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     if not torch.is_grad_enabled():
         return F.linear(_gated(gate_up_TI), weight, bias)
     return _SwigluLinear.apply(gate_up_TI, weight, bias)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(token_ids_T)
+        ctx.weight_shape = weight_VD.shape
+        ctx.set_materialize_grads(False)
+        return F.embedding(token_ids_T, weight_VD), weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_TD: Tensor | None, grad_VD: Tensor | None
+    ) -> tuple[None, Tensor | None]:
+        if grad_TD is None:
+            return None, grad_VD
+        (token_ids_T,) = ctx.saved_tensors
+        if grad_VD is None:
+            grad_VD = grad_TD.new_zeros(ctx.weight_shape)
+        elif not grad_VD.is_contiguous():  # not a tensor of its own
+            grad_VD = grad_VD.contiguous()
+        rows_U, place_T = token_ids_T.unique(return_inverse=True)
+        sums_UD = grad_VD[rows_U].float().index_add_(0, place_T, grad_TD.float())
+        grad_VD[rows_U] = sums_UD.to(grad_VD.dtype)
+        return None, grad_VD
 
 
 class _NormLinear(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from strop.models.attention import AttentionPlan, rotate
 from strop.models.config import ModelConfig
 from strop.models.decoder import init_model
-from strop.models.fused import norm_linear, rms_norm, swiglu_linear
+from strop.models.fused import norm_linear, rms_norm, swiglu_linear, tied_embedding
+from strop.models.logprobs import packed_logprobs
 from strop.native import build
 from strop.native import train as native
 from strop.objectives.logprobs import linear_logprobs
@@ -153,22 +156,39 @@ def model_gradients(dtype: torch.dtype, config: ModelConfig = MODEL) -> Tensor:
     batch = PackedBatch(
         token_ids_T=ids, labels_T=labels, loss_mask_T=torch.ones(106, dtype=torch.bool), segments=segments
     )
-    logprobs, _ = linear_logprobs(model.hidden(batch), model.lm_head_weight, labels)
+    logprobs, _ = packed_logprobs(model, batch)
     (-logprobs.sum() / 106).backward()
     return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("tie_embeddings", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_gradients_of_a_model_are_no_further_from_float64_than_torchs(qk_norm, monkeypatch):
-    config = ModelConfig(
-        **{**{f: getattr(MODEL, f) for f in MODEL.__slots__}, "qk_norm": qk_norm, "tie_embeddings": False}
-    )
+def test_gradients_of_a_model_are_no_further_from_float64_than_torchs(qk_norm, tie_embeddings, monkeypatch):
+    config = replace(MODEL, qk_norm=qk_norm, tie_embeddings=tie_embeddings)
     exact, ours = model_gradients(torch.float64, config), model_gradients(BF16, config)
     monkeypatch.setattr(native, "has_kernels", lambda tensor: False)
     plain = model_gradients(BF16, config)
     assert not torch.equal(ours, plain)
     assert error(ours, exact) <= 1.02 * error(plain, exact)
     assert F.cosine_similarity(ours, exact, dim=0) >= F.cosine_similarity(plain, exact, dim=0) - 1e-5
+
+
+def test_a_tied_embedding_has_one_gradient_whoever_used_it():
+    """Rows that occur several times, rows that only the head sees, and each of the two users alone."""
+    ids, weight = torch.tensor([3, 1, 3, 3]), random(6, 16, seed=0)
+    for uses_rows, uses_head in ((True, True), (True, False), (False, True)):
+        totals = []
+        for dtype in (BF16, torch.float64):
+            leaf = weight.to(dtype, copy=True).requires_grad_()
+            rows, head = tied_embedding(ids, leaf)
+            loss = leaf.new_zeros(())
+            if uses_rows:
+                loss = loss + (rows * random(4, 16, seed=1).to(dtype)).sum()
+            if uses_head:
+                loss = loss + (head * random(6, 16, seed=2).to(dtype)).sum() + head.sum()
+            loss.backward()
+            totals.append(leaf.grad)
+        assert error(totals[0], totals[1]) < 4e-3
 
 
 def test_gradients_do_not_depend_on_the_number_of_threads():
