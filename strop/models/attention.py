@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from strop.native import train as native
 from strop.types import Segment
 
 MAX_PADDING = 1.25
@@ -69,24 +71,130 @@ class AttentionPlan:
     """
 
     def __init__(self, segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> None:
+        self.segments, self._dtype, self._device = segments, dtype, device
+        self.num_tokens = sum(map(len, segments))
+
+    @cached_property
+    def calls(self) -> list[_Call]:
         trees: dict[tuple[int, int], list[tuple[_Row, ...]]] = defaultdict(list)  # by (trunk length, branch count)
         start = 0
-        for segment in segments:
-            for rows in _trees(start, segment, QUERY_BLOCK if device.type == "cpu" else None):
+        for segment in self.segments:
+            for rows in _trees(start, segment, QUERY_BLOCK if self._device.type == "cpu" else None):
                 trees[sum(map(len, rows[0].context)), len(rows)].append(rows)
             start += len(segment)
-        self.num_tokens = start
-        self.calls = [
-            _call(group, dtype=dtype, device=device)
+        return [
+            _call(group, dtype=self._dtype, device=self._device)
             for members in trees.values()
             for group in bucket_by_length(members, lambda rows: max(row.length for row in rows))
         ]
 
+    @cached_property
+    def native_rows(self) -> tuple[Tensor, Tensor]:
+        """What strop.native.train.attention_backward calls rows and segments."""
+        rows: list[tuple[int, int, int, int]] = []
+        firsts = [0]
+        start = 0
+        for segment in self.segments:
+            whole = _trees(start, segment, None)
+            rows.extend(
+                (row.start, row.length, start, segment.trunk if row.context else 0) for tree in whole for row in tree
+            )
+            start += len(segment)
+            if len(rows) > firsts[-1]:
+                firsts.append(len(rows))
+        return torch.tensor(rows, dtype=torch.int64), torch.tensor(firsts, dtype=torch.int64)
+
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
         """Attention outputs, shape (T, N, H). Query heads share key-value heads in consecutive groups of N / K."""
+        if _has_kernels(q_TNH):
+            return _native_attention(torch.cat([q_TNH, k_TKH, v_TKH], dim=1), None, k_TKH.shape[1], self, scale)
         if q_TNH.device.type == "cpu":
             return _TreeAttention.apply(q_TNH, k_TKH, v_TKH, self.calls, scale)
         return fused_kernel_attention(q_TNH, k_TKH, v_TKH, self.calls, scale)
+
+    def attend_projected_(
+        self, qkv_TXH: Tensor, rope: tuple[Tensor, Tensor] | None, num_kv_heads: int, scale: float
+    ) -> Tensor:
+        """attend on a projection whose X = N + 2K heads are queries, keys and values, the first two still unrotated.
+
+        The projection may be overwritten: nothing else may need it.
+        """
+        if _has_kernels(qkv_TXH):
+            return _native_attention(qkv_TXH, rope, num_kv_heads, self, scale)
+        num_rotated = qkv_TXH.shape[1] - num_kv_heads
+        qk, v = qkv_TXH.split([num_rotated, num_kv_heads], dim=1)
+        if rope is not None:
+            qk = rotate(qk, *rope)
+        q, k = qk.split([num_rotated - num_kv_heads, num_kv_heads], dim=1)
+        return self.attend(q, k, v, scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with each pair (x[i], x[i + H/2]) turned by its angle. x (..., heads, H); cos, sin (..., 1, H), in x's dtype.
+
+    The pairing is Hugging Face's half-split one, so checkpoints need no permutation.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.shape[-1] % 32 == 0 and native.has_kernels(x)
+
+
+def _native_attention(
+    qkv_TXH: Tensor, rope: tuple[Tensor, Tensor] | None, num_kv_heads: int, plan: AttentionPlan, scale: float
+) -> Tensor:
+    if torch.is_grad_enabled() and qkv_TXH.requires_grad:
+        return _NativeAttention.apply(qkv_TXH, rope, num_kv_heads, plan, scale)
+    if rope is not None:
+        native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
+    return native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)[0]
+
+
+def _split(qkv_TXH: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv_TXH.split([qkv_TXH.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+    return q, k, v
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Rotation in place and attention in one: the rotated projection and the output are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv_TXH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        num_kv_heads: int,
+        plan: AttentionPlan,
+        scale: float,
+    ) -> Tensor:
+        if rope is not None:
+            native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
+        output_TNH, lse_TN = native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)
+        ctx.save_for_backward(qkv_TXH, output_TNH, lse_TN)
+        ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
+        return output_TNH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TXH, output_TNH, lse_TN = ctx.saved_tensors
+        dqkv_TXH = torch.empty_like(qkv_TXH)
+        rows, segments = ctx.plan.native_rows
+        native.attention_backward(
+            _split(qkv_TXH, ctx.num_kv_heads),
+            output_TNH,
+            grad_TNH.contiguous(),
+            lse_TN,
+            _split(dqkv_TXH, ctx.num_kv_heads),
+            rows,
+            segments,
+            ctx.scale,
+        )
+        if ctx.rope is not None:
+            native.rotate_(dqkv_TXH, *ctx.rope, num_heads=qkv_TXH.shape[1] - ctx.num_kv_heads, back=True)
+        return dqkv_TXH, None, None, None, None
 
 
 def bucket_by_length(items: Sequence[_Item], length: Callable[[_Item], int]) -> list[list[_Item]]:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from strop.models.attention import AttentionPlan
+from strop.models.attention import AttentionPlan, rotate
 from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
-from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear
+from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear, tied_embedding
 from strop.models.interface import Cache
 from strop.models.native import NativeDecode, can_decode
 from strop.types import PackedBatch, Segment
@@ -41,15 +41,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x with each pair (x[i], x[i + H/2]) turned by its angle. x (..., heads, H); cos, sin (..., 1, H), in x's dtype.
-
-    The pairing is Hugging Face's half-split one, so checkpoints need no permutation.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -80,29 +71,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, N, H), keys and values (T, K, H), rotated to their positions."""
-        qkv = norm_linear(x_TD, self.norm.weight, self.qkv.weight, self.qkv.bias, self.norm.eps, self.qkv.lora())
-        return self._rotated(qkv, rope)
+    def project(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values side by side, not yet rotated, (T, N + 2 K, H)."""
+        norm, qkv = self.norm, self.qkv
+        projected = norm_linear(x_TD, norm.weight, qkv.weight, qkv.bias, norm.eps, qkv.lora())
+        return projected.view(x_TD.shape[0], -1, self.head_dim)
 
     def _rotated(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = qkv.view(qkv.shape[0], -1, self.head_dim)
+        qkv = self._normed_heads(qkv)
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat([self.q_norm(qk[:, : self.num_heads]), self.k_norm(qk[:, self.num_heads :])], dim=1)
         if self.has_rope:
             qk = rotate(qk, *rope)
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
         return q, k, v
 
+    def _normed_heads(self, qkv: Tensor) -> Tensor:
+        if self.q_norm is None or self.k_norm is None:
+            return qkv
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
+
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        q, k, v = self.project(x_TD, rope)
-        return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+        qkv = self._normed_heads(self.project(x_TD))
+        out = plan.attend_projected_(qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
+        return self.output(out.flatten(1))
 
     def prefill(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, ranges: _Ranges
     ) -> Tensor:
-        q, k, v = self.project(x_TD, rope)
+        q, k, v = self._rotated(self.project(x_TD), rope)
         for slot, start, end in ranges:
             cache.write(self.layer, slot, k[start:end], v[start:end])
         return self.output(plan.attend(q, k, v, self.scale).flatten(1))
@@ -113,7 +110,8 @@ class Attention(nn.Module):
         With a single query a batched matmul beats the fused attention kernel, whose tiles it cannot fill.
         """
         num_slots = x_SD.shape[0]
-        q, k, v = self._rotated(self.qkv.decode(self.norm(x_SD)), rope)
+        qkv = self.qkv.decode(self.norm(x_SD)).view(num_slots, -1, self.head_dim)
+        q, k, v = self._rotated(qkv, rope)
         keys_SKTH, values_SKTH = cache.keys[self.layer, :num_slots], cache.values[self.layer, :num_slots]
         keys_SKTH[step.slots_S, :, step.positions_S] = k
         values_SKTH[step.slots_S, :, step.positions_S] = v
@@ -220,9 +218,18 @@ class Decoder(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Hidden states after the final norm, shape (T, D); the head turns position t into the law of labels_T[t]."""
+        return self._hidden(self.embedding(batch.token_ids_T), batch)
+
+    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """(hidden(batch), lm_head_weight), for a loss that uses both: tied weights then have one dense gradient."""
+        if self.head is not None:
+            return self.hidden(batch), self.head.weight
+        x_TD, head_VD = tied_embedding(batch.token_ids_T, self.embedding.weight)
+        return self._hidden(x_TD, batch), head_VD
+
+    def _hidden(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
         plan = AttentionPlan(batch.segments, dtype=self.dtype, device=self.device)
         rope = self._rope(batch.position_ids_T())
-        x_TD = self.embedding(batch.token_ids_T)
         for layer in self.layers:
             x_TD = layer(x_TD, rope, plan)
         return self.final_norm(x_TD)

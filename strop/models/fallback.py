@@ -98,6 +98,9 @@ class FallbackModel(nn.Module):
     def train(self, mode: bool = True) -> FallbackModel:
         return super().train(False)
 
+    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return self.hidden(batch), self.lm_head_weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         logits = F.linear(hidden, self.lm_head_weight, self.head_bias)

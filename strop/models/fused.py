@@ -1,7 +1,8 @@
 """Layers that keep less for their backward pass: what is cheap to compute again is computed again.
 
 Per token and layer they leave the block's input, the rotated queries, keys and values, the attention's output and the
-MLP's gate and up: about half of what autograd would keep. Values are those of the plain operations.
+MLP's gate and up: about half of what autograd would keep. Values are those of the plain operations; in bf16 on a CPU
+that has them, the kernels of strop.native round once where torch rounds after every operation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from strop.native import train as native
 
 if TYPE_CHECKING:
     from strop.models.lora import Adapter
@@ -26,8 +29,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Only x is kept.
     """
     if not torch.is_grad_enabled():
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return _normed(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
+
+
+def tied_embedding(token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """(The rows of an embedding (T, D), the same weight as the head should use it).
+
+    The gradient that the head makes for its weight is dense, (V, D); the embedding's own few rows are added into that
+    tensor. Left to autograd there would be a second dense one, zero almost everywhere.
+    """
+    if torch.is_grad_enabled() and weight_VD.requires_grad and native.has_kernels(weight_VD):
+        return _TiedEmbedding.apply(token_ids_T, weight_VD)
+    return F.embedding(token_ids_T, weight_VD), weight_VD
 
 
 def lora_linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> Tensor:
@@ -41,7 +55,7 @@ def norm_linear(
 ) -> Tensor:
     """lora_linear(rms_norm(x)), shape (T, E). Of its activations only x is kept, and x down^T."""
     if not torch.is_grad_enabled():
-        return lora_linear(F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, eps), weight, bias, lora)
+        return lora_linear(_normed(x_TD, norm_weight, eps), weight, bias, lora)
     return _NormLinear.apply(x_TD, norm_weight, weight, bias, eps, *(lora or (None, None)))
 
 
@@ -101,9 +115,34 @@ def can_pack(weight: Tensor) -> bool:
 def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None = None) -> Tensor:
     """lora_linear(silu(gate) * up), shape (T, D). Of its activations only gate_up is kept (Shazeer 2020, SwiGLU)."""
     if not torch.is_grad_enabled():
-        gate, up = gate_up_TI.chunk(2, dim=-1)
-        return lora_linear(F.silu(gate) * up, weight, bias, lora)
+        return lora_linear(_gated(gate_up_TI), weight, bias, lora)
     return _SwigluLinear.apply(gate_up_TI, weight, bias, *(lora or (None, None)))
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(token_ids_T)
+        ctx.weight_shape = weight_VD.shape
+        ctx.set_materialize_grads(False)
+        return F.embedding(token_ids_T, weight_VD), weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_TD: Tensor | None, grad_VD: Tensor | None
+    ) -> tuple[None, Tensor | None]:
+        if grad_TD is None:
+            return None, grad_VD
+        (token_ids_T,) = ctx.saved_tensors
+        if grad_VD is None:
+            grad_VD = grad_TD.new_zeros(ctx.weight_shape)
+        elif not grad_VD.is_contiguous():  # not a tensor of its own
+            grad_VD = grad_VD.contiguous()
+        rows_U, place_T = token_ids_T.unique(return_inverse=True)
+        sums_UD = grad_VD[rows_U].float().index_add_(0, place_T, grad_TD.float())
+        grad_VD[rows_U] = sums_UD.to(grad_VD.dtype)
+        return None, grad_VD
 
 
 class _NormLinear(torch.autograd.Function):
@@ -118,7 +157,7 @@ class _NormLinear(torch.autograd.Function):
         down_RD: Tensor | None,
         up_ER: Tensor | None,
     ) -> Tensor:
-        normed_TD = F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, eps)
+        normed_TD = _normed(x_TD, norm_weight, eps)
         y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER)
         ctx.save_for_backward(x_TD, norm_weight, weight, down_RD, up_ER, inner_TR)
         ctx.eps = eps
@@ -131,7 +170,7 @@ class _NormLinear(torch.autograd.Function):
         needs_x, needs_norm, needs_weight, needs_bias, _, needs_down, _ = ctx.needs_input_grad
         dx = dnorm = dweight = normed_TD = None
         if needs_weight or needs_down:
-            normed_TD = F.rms_norm(x_TD, (x_TD.shape[-1],), norm_weight, ctx.eps)
+            normed_TD = _normed(x_TD, norm_weight, ctx.eps)
             dweight = grad_TE.T @ normed_TD if needs_weight else None
         dinner, ddown, dup = _lora_backward(grad_TE, normed_TD, down_RD, up_ER, inner_TR)
         if needs_x or needs_norm:
@@ -168,7 +207,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+        return _normed(x, weight, eps)
 
     @staticmethod
     @once_differentiable
@@ -178,8 +217,16 @@ class _RMSNorm(torch.autograd.Function):
         return dx.view(x.shape), dweight, None
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if native.has_kernels(x) and weight.dtype == x.dtype:
+        return native.rms_norm(x.contiguous(), weight, eps)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
 def _rms_norm_gradients(grad_TD: Tensor, x_TD: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(dx, dweight). Everything goes to one wide dtype first: operations on mixed ones are not vectorised."""
+    if native.has_kernels(x_TD) and weight.dtype == x_TD.dtype:
+        return native.rms_norm_backward(grad_TD.contiguous(), x_TD.contiguous(), weight, eps)
     wide = torch.float64 if x_TD.dtype == torch.float64 else torch.float32
     grad_TD, unit_TD = grad_TD.to(wide), x_TD.to(wide)
     inverse_T1 = unit_TD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -189,6 +236,28 @@ def _rms_norm_gradients(grad_TD: Tensor, x_TD: Tensor, weight: Tensor, eps: floa
     mean_T1 = (grad_TD * unit_TD).mean(-1, keepdim=True)
     dx = grad_TD.addcmul_(unit_TD, mean_T1, value=-1).mul_(inverse_T1)
     return dx.to(x_TD.dtype), dweight.to(weight.dtype)
+
+
+def _gated(gate_up_TI: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if native.has_kernels(gate_up_TI):
+        return native.swiglu(gate_up_TI)
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _gated_gradients_(grad_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, the gradient of gate_up); overwrites grad_TI, the gradient of the former."""
+    if native.has_kernels(gate_up_TI):
+        return grad_TI, native.swiglu_backward_(grad_TI, gate_up_TI)
+    gate, up = gate_up_TI.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    gated = silu * up
+    dgate_up = torch.empty_like(gate_up_TI)
+    dgate, dup = dgate_up.chunk(2, dim=-1)
+    torch.mul(grad_TI, silu, out=dup)
+    torch.ops.aten.silu_backward.grad_input(grad_TI.mul_(up), gate, grad_input=dgate)
+    return gated, dgate_up
 
 
 class _SwigluLinear(torch.autograd.Function):
@@ -201,8 +270,7 @@ class _SwigluLinear(torch.autograd.Function):
         down_RI: Tensor | None,
         up_DR: Tensor | None,
     ) -> Tensor:
-        gate, up = gate_up_TI.chunk(2, dim=-1)
-        y_TD, inner_TR = _lora_forward(F.silu(gate).mul_(up), weight, bias, down_RI, up_DR)
+        y_TD, inner_TR = _lora_forward(_gated(gate_up_TI), weight, bias, down_RI, up_DR)
         ctx.save_for_backward(gate_up_TI, weight, down_RI, up_DR, inner_TR)
         return y_TD
 
@@ -211,19 +279,15 @@ class _SwigluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_TI, weight, down_RI, up_DR, inner_TR = ctx.saved_tensors
         needs_gate_up, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
-        gate, up = gate_up_TI.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        dgate_up = dweight = product_TI = None
-        if needs_weight or needs_down:
-            product_TI = silu * up
-            dweight = grad_TD.T @ product_TI if needs_weight else None
-        dinner, ddown, dup = _lora_backward(grad_TD, product_TI, down_RI, up_DR, inner_TR)
+        dgate_up = dweight = gated_TI = None
         if needs_gate_up:
             grad_TI = grad_TD @ weight
-            if dinner is not None:
-                grad_TI.addmm_(dinner, down_RI)
-            dgate_up = torch.empty_like(gate_up_TI)
-            dgate, dup_half = dgate_up.chunk(2, dim=-1)
-            torch.mul(grad_TI, silu, out=dup_half)
-            torch.ops.aten.silu_backward.grad_input(grad_TI.mul_(up), gate, grad_input=dgate)
+            if up_DR is not None:
+                grad_TI.addmm_(grad_TD @ up_DR, down_RI)
+            gated_TI, dgate_up = _gated_gradients_(grad_TI, gate_up_TI)
+        elif needs_weight or needs_down:
+            gated_TI = _gated(gate_up_TI)
+        if needs_weight and gated_TI is not None:
+            dweight = grad_TD.T @ gated_TI
+        _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
         return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup

@@ -16,10 +16,10 @@ def packed_logprobs(
 
     The head runs on those positions only and never holds more than a chunk of (R, V).
     """
-    hidden_TD = model.hidden(batch)
+    hidden_TD, head_VD = model.hidden_and_head(batch)
     return linear_logprobs(
         hidden_TD[batch.loss_mask_T],
-        model.lm_head_weight,
+        head_VD,
         batch.labels_T[batch.loss_mask_T],
         temperature=temperature,
         bias_V=model.head_bias,

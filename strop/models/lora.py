@@ -235,6 +235,9 @@ class Reference:
             for name, linear in linears.items():
                 linear.adapter = own[name]
 
+    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return self.hidden(batch), self._policy.lm_head_weight
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from strop.native import train as native
+
 _CPU_BLOCK_ELEMENTS = 1 << 19
 """Elementwise work on a CPU is done in pieces that stay in cache: 2 MB of float32 instead of 50 is 4x faster."""
 
@@ -96,6 +98,7 @@ class _LinearLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         num_rows, num_columns = hidden_RD.shape[0], weight_VD.shape[0]
+        labels_R = labels_R.contiguous()
         exact = torch.promote_types(hidden_RD.dtype, torch.float32)
         logprobs_R = hidden_RD.new_empty(num_rows, dtype=exact)
         lse_R = torch.empty_like(logprobs_R)
@@ -104,6 +107,13 @@ class _LinearLogprobs(torch.autograd.Function):
         block_rows = _block_rows(chunk_size, num_columns, hidden_RD.device)
         for start in range(0, num_rows, chunk_size):
             chunk_logits = _head_into(buffer, hidden_RD[start : start + chunk_size], weight_VD, bias_V)
+            if softcap is None and native.has_kernels(chunk_logits):
+                rows = slice(start, start + chunk_logits.shape[0])
+                entropy_rows = None if entropy_R is None else entropy_R[rows]
+                native.head_statistics(
+                    chunk_logits, labels_R[rows], logprobs_R[rows], lse_R[rows], entropy_rows, 1 / temperature
+                )
+                continue
             for offset in range(0, chunk_logits.shape[0], block_rows):
                 block = chunk_logits[offset : offset + block_rows].to(exact)
                 rows = slice(start + offset, start + offset + block.shape[0])
@@ -141,20 +151,32 @@ class _LinearLogprobs(torch.autograd.Function):
         for left in range(0, num_columns, width):
             columns = slice(left, left + width)
             grad_logits = _head_into(buffer, hidden_RD, weight_VD[columns], None if bias_V is None else bias_V[columns])
-            for top in range(0, num_rows, block_rows):
-                rows = slice(top, top + block_rows)
-                block = grad_logits[rows]
-                block.copy_(
-                    _grad_logits(
-                        _cap_and_cool_(block.to(lse_R.dtype), ctx.temperature, ctx.softcap),
-                        labels_R[rows] - left,
-                        lse_R[rows],
-                        grad_logprobs_R[rows],
-                        None if grad_entropy_R is None else (entropy_R[rows], grad_entropy_R[rows]),
-                        ctx.temperature,
-                        ctx.softcap,
-                    )
+            if ctx.softcap is None and native.has_kernels(grad_logits):
+                entropy_and_grad = None if grad_entropy_R is None else (entropy_R, grad_entropy_R.contiguous())
+                native.head_gradient_(
+                    grad_logits,
+                    labels_R,
+                    lse_R,
+                    grad_logprobs_R.contiguous(),
+                    entropy_and_grad,
+                    left,
+                    1 / ctx.temperature,
                 )
+            else:
+                for top in range(0, num_rows, block_rows):
+                    rows = slice(top, top + block_rows)
+                    block = grad_logits[rows]
+                    block.copy_(
+                        _grad_logits(
+                            _cap_and_cool_(block.to(lse_R.dtype), ctx.temperature, ctx.softcap),
+                            labels_R[rows] - left,
+                            lse_R[rows],
+                            grad_logprobs_R[rows],
+                            None if grad_entropy_R is None else (entropy_R[rows], grad_entropy_R[rows]),
+                            ctx.temperature,
+                            ctx.softcap,
+                        )
+                    )
             if grad_hidden_RD is not None:
                 grad_hidden_RD += grad_logits @ weight_VD[columns]
             if grad_weight_VD is not None:

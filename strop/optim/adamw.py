@@ -1,7 +1,8 @@
-"""AdamW whose weights, moments and accumulated gradients are fp32 whatever dtype the model computes in."""
+"""AdamW whose weights and moments are fp32 whatever dtype the model computes in."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
+
+from strop.native import train as native
+from strop.optim.split import SplitMaster
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _NORM_CHUNK = 65_536
@@ -21,9 +25,12 @@ class AdamW:
 
     A bf16 parameter is a rounded copy of its fp32 master, remade after every step: an update of lr 1e-6 is far below
     half a bf16 ulp of most weights, so without a master it would be rounded away. An fp32 (or fp64) parameter is its
-    own master. Gradients of micro-batches add up in fp32: a hook moves each low-precision gradient into the master's
-    buffer as soon as backward has made it, so there is never a second set of them. The buffers exist only between the
-    first backward and the step.
+    own master. Where strop.native has kernels, a bf16 parameter is itself the upper half of its master and only the
+    lower 16 bits are stored beside it (SplitMaster).
+
+    Gradients of micro-batches add up in fp32: a hook takes each low-precision gradient as soon as backward has made it,
+    so there is never a second set of them. A split master keeps the gradient of a first micro-batch in bf16, which is
+    exact, and widens it when a second one arrives. The buffers exist only between the first backward and the step.
 
     Weight decay touches matrices only (two dimensions or more), not norms and biases. A parameter shared by two
     modules counts once, under its first name; one that does not require a gradient is left out. A parameter without a
@@ -43,6 +50,10 @@ class AdamW:
     ) -> None:
         self._parameters: dict[str, nn.Parameter] = {}
         self._masters: dict[str, Tensor] = {}
+        """Those that torch updates."""
+        self._split: dict[str, SplitMaster] = {}
+        """Those that the kernels update."""
+        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         handles: list[RemovableHandle] = []
         seen: set[int] = set()
         for name, parameter in named_parameters:
@@ -51,12 +62,14 @@ class AdamW:
             assert name not in self._parameters, f"two parameters are called {name!r}"
             seen.add(id(parameter))
             self._parameters[name] = parameter
-            if parameter.dtype in _LOW_PRECISION:
-                master = parameter.detach().float()
+            if native.has_kernels(parameter) and parameter.is_contiguous():
+                self._split[name] = split = SplitMaster(parameter)
+                handles.append(parameter.register_post_accumulate_grad_hook(split.take_gradient))
+            elif parameter.dtype in _LOW_PRECISION:
+                self._masters[name] = master = parameter.detach().float()
                 handles.append(parameter.register_post_accumulate_grad_hook(_move_gradient_to(master)))
             else:
-                master = parameter
-            self._masters[name] = master
+                self._masters[name] = parameter
         if not self._parameters:
             raise ValueError("no parameter requires a gradient: there is nothing to train")
         # Without this, a dropped optimizer's hooks would go on taking the gradients of its successor.
@@ -69,11 +82,24 @@ class AdamW:
             for masters, decay in ((decayed, weight_decay), (not_decayed, 0.0))
             if masters
         ]
-        self._inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self._inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True) if groups else None
 
     def gradients(self) -> list[Tensor]:
-        """The accumulated gradients in the masters' dtype, not copies; parameters without one are left out."""
-        return [master.grad for master in self._masters.values() if master.grad is not None]
+        """The accumulated gradients in the masters' dtype, not copies; parameters without one are left out.
+
+        Those kept in bf16 are widened for it: for looking and for tests, not for every step.
+        """
+        gradients = (
+            self._split[name].wide_gradient() if name in self._split else self._masters[name].grad
+            for name in self._parameters
+        )
+        return [gradient for gradient in gradients if gradient is not None]
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(split.gradient is not None for split in self._split.values()) or any(
+            master.grad is not None for master in self._masters.values()
+        )
 
     def grad_norm(self) -> float:
         """The Euclidean norm of all accumulated gradients together; inf or nan if any entry is not finite.
@@ -81,43 +107,66 @@ class AdamW:
         In pieces, because torch adds up a whole CPU tensor in a few fp32 lanes: over the 28 million entries of an
         embedding that loses 0.2 %.
         """
-        pieces = [piece for gradient in self.gradients() for piece in gradient.reshape(-1).split(_NORM_CHUNK)]
-        return get_total_norm(pieces).item()
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        pieces = [piece for gradient in gradients for piece in gradient.reshape(-1).split(_NORM_CHUNK)]
+        norm = get_total_norm(pieces).item()
+        if not self._split:
+            return norm
+        squares = sum(native.square_sum(s.gradient) for s in self._split.values() if s.gradient is not None)
+        return math.sqrt(squares + norm**2)
 
     @torch.no_grad()
-    def scale_gradients(self, factor: float) -> None:
-        """Multiply every accumulated gradient by factor, in place."""
-        for gradient in self.gradients():
-            gradient.mul_(factor)
-
-    @torch.no_grad()
-    def step(self, *, lr: float) -> None:
-        """One update from the accumulated gradients, which are kept until `zero_grad`."""
+    def step(self, *, lr: float, grad_scale: float = 1.0) -> None:
+        """One update from the accumulated gradients times grad_scale; they are kept until `zero_grad`."""
+        for name, split in self._split.items():
+            split.step(
+                self._parameters[name],
+                lr=lr,
+                grad_scale=grad_scale,
+                betas=self._betas,
+                eps=self._eps,
+                weight_decay=self._weight_decay,
+            )
+        if self._inner is None:
+            return
         for group in self._inner.param_groups:
             group["lr"] = lr
+        if grad_scale != 1.0:
+            for master in self._masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(grad_scale)
         self._inner.step()
         self._round_masters()
 
     def zero_grad(self) -> None:
         """Free the accumulated gradients."""
-        for name, master in self._masters.items():
-            master.grad = None
-            self._parameters[name].grad = None
+        for parameter in (*self._parameters.values(), *self._masters.values()):
+            parameter.grad = None
+        for split in self._split.values():
+            split.gradient = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next step depends on, flat for safetensors; the tensors are the live ones, not copies.
 
         Keys: step.NAME, exp_avg.NAME and exp_avg_sq.NAME once NAME has been updated, and master.NAME for
         low-precision parameters only: an fp32 parameter is its own master, so the model's file has it. That file must
-        therefore keep the parameters' dtype.
+        therefore keep the parameters' dtype. Split masters are put together for it: the same file on every machine.
         """
         state: dict[str, Tensor] = {}
-        for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                state[f"master.{name}"] = master
-            for key, value in self._inner.state.get(master, {}).items():
+        for name, parameter in self._parameters.items():
+            if name in self._split:
+                state[f"master.{name}"] = self._split[name].joined(parameter)
+            elif self._masters[name] is not parameter:
+                state[f"master.{name}"] = self._masters[name]
+            for key, value in self._moments(name).items():
                 state[f"{key}.{name}"] = value
         return state
+
+    def _moments(self, name: str) -> Mapping[str, Tensor]:
+        if name in self._split:
+            return self._split[name].moments
+        assert self._inner is not None
+        return self._inner.state.get(self._masters[name], {})
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -126,12 +175,13 @@ class AdamW:
         ValueError, before anything is changed, when a name is missing or unknown or a shape differs.
         """
         expected: dict[str, Tensor] = {}
-        for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                expected[f"master.{name}"] = master
+        for name, parameter in self._parameters.items():
+            wide = self._masters[name] if name in self._masters else parameter.detach().to("meta", torch.float32)
+            if wide is not parameter:
+                expected[f"master.{name}"] = wide
             if any(f"{key}.{name}" in state for key in ("step", "exp_avg", "exp_avg_sq")):
                 expected[f"step.{name}"] = torch.zeros((), dtype=torch.float32)
-                expected[f"exp_avg.{name}"] = expected[f"exp_avg_sq.{name}"] = master
+                expected[f"exp_avg.{name}"] = expected[f"exp_avg_sq.{name}"] = wide
         _check_same("is missing from", expected.keys() - state.keys())
         _check_same("is not known to this model but in", state.keys() - expected.keys())
         for key, tensor in expected.items():
@@ -140,21 +190,30 @@ class AdamW:
                     f"optimizer state {key} is {state[key].dtype} {list(state[key].shape)}, this model needs "
                     f"{tensor.dtype} {list(tensor.shape)}: resume with the model and dtype of the checkpoint"
                 )
-        self._inner.state.clear()
-        for name, master in self._masters.items():
-            if f"master.{name}" in expected:
-                master.copy_(state[f"master.{name}"])
+        if self._inner is not None:
+            self._inner.state.clear()
+        for name, parameter in self._parameters.items():
+            moments: dict[str, Tensor] = {}
             if f"step.{name}" in expected:
-                self._inner.state[master] = {
-                    key: state[f"{key}.{name}"].to(master.device, copy=True)
+                moments = {
+                    key: state[f"{key}.{name}"].to(parameter.device, copy=True)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
+            if name in self._split:
+                self._split[name].load(parameter, state[f"master.{name}"], moments)
+                continue
+            master = self._masters[name]
+            if master is not parameter:
+                master.copy_(state[f"master.{name}"])
+            if moments:
+                assert self._inner is not None
+                self._inner.state[master] = moments
         self._round_masters()
 
     def _round_masters(self) -> None:
-        for name, parameter in self._parameters.items():
-            if self._masters[name] is not parameter:
-                parameter.copy_(self._masters[name])
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                self._parameters[name].copy_(master)
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

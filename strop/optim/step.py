@@ -33,10 +33,8 @@ def optimizer_step(optimizer: AdamW, *, lr: float, max_grad_norm: float) -> Step
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm = {max_grad_norm} would stop all learning: give a positive number, or inf")
     grad_norm = optimizer.grad_norm()
-    is_skipped = not math.isfinite(grad_norm) or not optimizer.gradients()
+    is_skipped = not math.isfinite(grad_norm) or not optimizer.has_gradients
     if not is_skipped:
-        if grad_norm > max_grad_norm:
-            optimizer.scale_gradients(max_grad_norm / grad_norm)
-        optimizer.step(lr=lr)
+        optimizer.step(lr=lr, grad_scale=max_grad_norm / grad_norm if grad_norm > max_grad_norm else 1.0)
     optimizer.zero_grad()
     return StepReport(grad_norm=grad_norm, is_skipped=is_skipped)
