@@ -105,8 +105,8 @@ class Page:
     async def rank(self, request: Request) -> Response:
         session, body = await self._posted(request)
         presentation_id = body.pop("item", None)
-        if not isinstance(presentation_id, int) or isinstance(presentation_id, bool):
-            raise HTTPException(400, "item must be a number")
+        if not isinstance(presentation_id, int) or not 0 < presentation_id < 2**63:  # what SQLite can look for
+            raise HTTPException(400, "item must be the number of one")
         if unknown := body.keys() - Answer.__dataclass_fields__.keys():
             raise HTTPException(400, f"unknown field {min(unknown)!r}")
         if "uuid" not in body or body.get("verdict") == "all_good":

@@ -8,6 +8,7 @@ const annotator = document.querySelector("meta[name=annotator]").content;
 const PENDING = "strop-pending"; // an answer that the server has not confirmed, kept over a reload
 const POLL_MS = 10_000;
 const MAX_WAIT_MS = 8_000;
+const PRESS = matchMedia("(pointer: coarse)").matches ? "Tap" : "Press";
 
 let item = null;
 let tiers = []; // place numbers, best tier first: [[2], [0, 3]]
@@ -139,7 +140,35 @@ function label(button, key, text) {
 function turn(message) {
   const made = element("div", `turn clip ${message.role === "assistant" ? "from-assistant" : ""}`);
   if (message.role) made.append(element("p", "role", message.role));
-  made.append(element("div", "text", message.content));
+  made.append(prose("text", message.content));
+  return made;
+}
+
+// The text as it is, character by character; fenced code only gets another typeface.
+function prose(className, text) {
+  const made = element("div", className);
+  made.dir = "auto";
+  let inCode = false;
+  let run = "";
+  const flush = () => {
+    if (run) made.append(inCode ? element("code", "", run) : run);
+    run = "";
+  };
+  for (const line of text.split(/(?<=\n)/)) {
+    const isFence = line.startsWith("```");
+    if (isFence && !inCode) {
+      flush();
+      inCode = true;
+      run = line;
+    } else {
+      run += line;
+      if (isFence) {
+        flush();
+        inCode = false;
+      }
+    }
+  }
+  flush();
   return made;
 }
 
@@ -150,8 +179,7 @@ function card(text, place) {
   pick.type = "button";
   pick.append(element("span", "name", nameOf(place)), element("span", "place"));
   pick.addEventListener("click", () => choose(place));
-  const body = element("div", "text", text);
-  body.dir = "auto";
+  const body = prose("text", text);
   body.addEventListener("click", () => {
     if (getSelection().isCollapsed) choose(place); // a drag over the text only selects it
   });
@@ -296,14 +324,14 @@ function update(asks = false) {
 function hint(rest) {
   if (verdict === "all_bad") return isPair() ? "Both are bad." : "All are bad.";
   if (isPair()) {
-    if (rest) return "Press A or B, T for a tie, X if both are bad.";
-    return tiers.length === 1 ? "A tie." : `${nameOf(tiers[0][0])} is better.`;
+    if (rest) return PRESS === "Tap" ? "Tap the better answer." : "Press A or B, T for a tie, X if both are bad.";
+    return tiers.length === 1 ? "A tie." : `${nameOf(tiers[0][0])} is better. How much?`;
   }
-  const so_far = tiers.map((tier) => tier.map(nameOf).join(" = ")).join(" > ");
-  if (!tiers.length) return "Press the number of the best answer, then of the next best.";
-  if (!rest) return so_far;
-  if (rest === 1) return `${so_far} ${joins ? "=" : ">"} ${nameOf(unranked()[0])}, if you submit now`;
-  return `${so_far} ${joins ? "= ?" : "> ?"}`;
+  const soFar = tiers.map((tier) => tier.map(nameOf).join(" = ")).join(" > ");
+  if (!tiers.length) return `${PRESS} ${PRESS === "Tap" ? "" : "the number of "}the best answer, then the next best.`;
+  if (!rest) return soFar;
+  if (rest === 1) return `${soFar} ${joins ? "=" : ">"} ${nameOf(unranked()[0])}, if you submit now`;
+  return `${soFar} ${joins ? "= ?" : "> ?"}`;
 }
 
 function notify(text, isBad = false) {
