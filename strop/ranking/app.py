@@ -199,9 +199,7 @@ def _item_as_json(item: Presentation) -> dict[str, Any]:
     messages = [{"role": "", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
     return {
         "id": item.id,
-        "prompt": [
-            {"role": str(message.get("role", "")), "content": visible(_content(message))} for message in messages
-        ],
+        "prompt": [{"role": visible(str(one.get("role", ""))), "content": visible(_content(one))} for one in messages],
         "completions": [visible(text) for text in item.completions],
     }
 
