@@ -71,7 +71,8 @@ class Browser:
         call("POST", f"{self._url}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def tap(self, selector: str) -> None:
-        """A click in the middle of what the selector finds, where the person would see it."""
+        """A click in the middle of what the selector finds, once it is scrolled to the middle of the window."""
+        self.run("document.querySelector(arguments[0]).scrollIntoView({ block: 'center' })", selector)
         found = call("POST", f"{self._url}/element", {"using": "css selector", "value": selector})
         call("POST", f"{self._url}/element/{next(iter(found.values()))}/click", {})
 

@@ -30,18 +30,18 @@ class Writer(threading.Thread):
     def run(self) -> None:
         try:
             self._log_in()
+            state = json.loads(self._ask("GET", "/item"))
             while len(self.acknowledged) < EACH:
-                self._rank_one()
+                state = self._rank(state["item"])
         except BaseException as error:
             self.error = error
 
-    def _rank_one(self) -> None:
-        state = json.loads(self._ask("GET", "/item"))
-        item, uuid = state["item"], f"{self.name}-{len(self.acknowledged):06}"
+    def _rank(self, item: dict[str, Any]) -> dict[str, Any]:
+        uuid = f"{self.name}-{len(self.acknowledged):06}"
         body = {"uuid": uuid, "item": item["id"], "ranks": list(range(1, len(item["completions"]) + 1))}
-        for _ in range(2):
-            self._ask("POST", "/rank", body)
+        answers = [self._ask("POST", "/rank", body) for _ in range(2)]
         self.acknowledged.append(uuid)
+        return json.loads(answers[-1])
 
     def _log_in(self) -> None:
         page = self._ask("GET", "/login")
@@ -74,8 +74,10 @@ class Writer(threading.Thread):
 
 
 def test_six_writers_and_two_kills(serve: Callable[..., Any], store: PreferenceStore):
-    for n in range(WRITERS * EACH):
-        store.add_item(f"prompt {n}", [f"a {n}", f"b {n}", f"c {n}"])
+    with store.transaction():
+        # One more for each writer: the answer to the last ranking hands out an item that nobody will rank.
+        for n in range(WRITERS * (EACH + 1)):
+            store.add_item(f"prompt {n}", [f"a {n}", f"b {n}", f"c {n}"])
     server = serve(store.path)
     port = server.port
     writers = [Writer(f"writer{n}", port) for n in range(WRITERS)]

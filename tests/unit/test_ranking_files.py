@@ -31,9 +31,8 @@ def store(tmp_path: Path) -> Iterator[PreferenceStore]:
     draw = random.Random(7)
     for n in range(30):
         prompt: Any = f"prompt {n} ü\u2028" if n % 2 else [{"role": "user", "content": f"question {n}"}]
-        made.add_item(
-            prompt, [f"answer {n}.{k}" for k in range(2 + n % 4)], models=[f"run/{k}" for k in range(2 + n % 4)]
-        )
+        size = range(2 + n % 4)
+        made.add_item(prompt, [f"answer {n}.{k}" for k in size], models=[f"run/{k}" for k in size])
     made.change_settings(overlap=0.5, people=3)
     while any(items := {name: next_item(made, name) for name in ("ann", "bob", "cem")}.values()):
         for item in items:
@@ -141,6 +140,7 @@ def test_what_says_nothing_is_counted(tmp_path: Path):
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 LIST = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
+USER = {"role": "user", "content": "p"}
 CYCLE = [{"prompt": "p", "chosen": c, "rejected": r, "group_id": "g"} for c, r in ("ab", "bc", "ca")]
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "partial": (CYCLE[:2], r"not all those of one ranking \(missing: 'a' before 'c'\)"),
     "prompts": (
         [{**CYCLE[0]}, {**CYCLE[1], "prompt": "q"}],
-        r"bad.jsonl:1: the rows of group g have different prompts",
+        r"bad.jsonl:1: the rows of group g have different",
     ),
     "weight": ([{**PAIR, "weight": 0.5}], r"bad.jsonl:1: column 'weight' is 0.5, but follows from the ranking"),
     "tools": ([{**PAIR, "tools": [{"name": "f"}]}], r"column 'tools' cannot be kept"),
@@ -165,13 +165,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "strength": ([{**LIST, "strength": 9}], r"bad.jsonl:1: strength must be 1, 2, 3 or 4"),
     "skip": ([{**LIST, "verdict": "skipped", "ranks": [1, 1]}], r"verdict 'skipped' is no ranking"),
     "turns": (
-        [
-            {
-                **LIST,
-                "prompt": [{"role": "user", "content": "p"}],
-                "completions": [[{"role": "user", "content": "x"}]] * 2,
-            }
-        ],
+        [{**LIST, "prompt": [USER], "completions": [[USER], [USER]]}],
         r"one assistant message",
     ),
 }

@@ -23,9 +23,8 @@ TOKEN = "correct horse battery"
 def store(tmp_path: Path) -> Iterator[PreferenceStore]:
     made = PreferenceStore(tmp_path / "people.db", create=True, seed=1)
     for n in range(3):
-        made.add_item(
-            f"prompt {n}", [f"first {n}", f"second {n}", f"third {n}"], models=["secret/1", "secret/2", "secret/2"]
-        )
+        models = ["secret/1", "secret/2", "secret/2"]
+        made.add_item(f"prompt {n}", [f"first {n}", f"second {n}", f"third {n}"], models=models)
     yield made
     made.close()
 
@@ -148,9 +147,7 @@ def test_nobody_sees_who_wrote_what_or_what_others_said(store: PreferenceStore):
     assert bob.post("/rank", uuid="uuid-00000009", item=1, ranks=[1, 2, 3]).status_code == 400
 
 
-@pytest.mark.parametrize(
-    "path", ["/static/../app.py", "/static/%2e%2e/app.py", "/static/..%2f..%2fstore.py", "/export/x"]
-)
+@pytest.mark.parametrize("path", ["/static/../app.py", "/static/%2e%2e/app.py", "/static/..%2fapp.py", "/export/x"])
 def test_paths_lead_nowhere(store: PreferenceStore, path: str):
     assert Client(store).http.get(path).status_code == 404
 
