@@ -35,6 +35,8 @@ class Writer(threading.Thread):
                 state = self._rank(state["item"])
         except BaseException as error:
             self.error = error
+        finally:
+            self._connection.close()
 
     def _rank(self, item: dict[str, Any]) -> dict[str, Any]:
         uuid = f"{self.name}-{len(self.acknowledged):06}"
