@@ -316,7 +316,7 @@ def test_a_person_who_always_takes_the_first_shows_in_the_bias_and_a_fair_one_do
     fill(store, 100, 2)
     rank_with_judge(store, lambda prompt, completions: [1, 0], name="left", limit=50)
     bias = agreement(store).first_wins
-    assert bias is not None and (bias.value, bias.high, bias.count) == (1, 1, 50) and bias.low > 0.9
+    assert bias is not None and (bias.value, bias.count) == (1, 50) and bias.low > 0.9
     rank_with_judge(store, longest, name="len")
     bias = agreement(store).first_wins
     assert bias is not None and abs(bias.value - 0.75) < 0.1  # half of them fair
