@@ -2,12 +2,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What no Python package brings: a compiler for the C++ kernels, a browser for the tests of the ranking page.
+SYSTEM := g++ chromium chromium-driver
 
 # Two test processes with one thread each: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench lint
+.PHONY: help setup system demo check test bench lint
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -21,7 +23,15 @@ setup: .venv/.stamp  ## create .venv with the locked versions (again only when p
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@$(MAKE) --no-print-directory system
 	@touch $@
+
+system:
+	@if command -v g++ >/dev/null && command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SYSTEM) >/dev/null; \
+	else \
+		echo "Some tests need system packages; on Debian, as root: apt-get install $(SYSTEM)" >&2; fi
 
 demo: setup  ## raw text -> pretrain -> SFT -> GRPO -> frozen generation, with a report
 	$(BIN)/python recipes/demo/run.py

@@ -26,6 +26,11 @@ use (weights are frozen; their hash is printed before and after)
   generate RUN[/STEP]|FOLDER    completions of one or many prompts
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
 
+people
+  rank     STORE                answers ranked by people in a browser, on this machine only unless told otherwise
+      --prompts FILE --from RUN[/STEP]|FOLDER     sample answers first; --from again compares checkpoints
+      --export trl|kto|listwise FILE              write the rankings for training (--import FILE reads them)
+
 look
   runs list | show RUN | tree   the runs, one run, and which run started from which
   runs report RUN [RUN ...]     one HTML page: held-out figures, curves, samples, configuration
@@ -45,6 +50,7 @@ COMMANDS = {
     "eval": "evaluate",
     "generate": "generate",
     "chat": "chat",
+    "rank": "rank",
     "runs": "runs",
     "models": "models",
     "doctor": "doctor",
