@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from strop.models import choose_dtype
-from strop.models.precision import DTYPES
+from strop.models.precision import DTYPES, fastest, measure_dtypes
 from strop.optim import OptimizerConfig
 from strop.runs import Start
 from strop.runs.files import sync
@@ -40,9 +40,24 @@ def check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
 
 
 def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
-    """The run's compute dtype: measured once for "auto", and the same ever after."""
-    name = start.settle("dtype", lambda: str(choose_dtype(requested, device)).removeprefix("torch."))
+    """The run's compute dtype: measured once for "auto", and the same ever after.
+
+    It is printed, and run.json has it as `dtype`, with the measured rates as `dtype_gflops`.
+    """
+    reason = ""
+    if "dtype" not in start.run.info and requested == "auto":
+        rates = measure_dtypes(device)
+        measured = ", ".join(f"{_name(dtype)} {rate:.0f}" for dtype, rate in rates.items())
+        start.settle("dtype", lambda: _name(fastest(rates)))
+        start.settle("dtype_gflops", lambda: measured)
+        reason = f", by measurement ({measured} GFLOP/s)"
+    name = start.settle("dtype", lambda: _name(choose_dtype(requested, device)))
+    print(f"compute dtype {name}{reason}", flush=True)
     return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def kept_tokenizer(start: Start, make: Callable[[], Tokenizer]) -> Tokenizer:
