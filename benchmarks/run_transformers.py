@@ -16,7 +16,7 @@ from benchmarks import work
 
 
 def main(job_name: str, model_folder: str, setting: str = "bf16 sdpa") -> None:
-    job = work.JOBS[job_name]
+    job = work.job(job_name)
     torch.manual_seed(0)
     options, generate_options = SETTINGS[setting]
     model = AutoModelForCausalLM.from_pretrained(model_folder, **options).eval()

