@@ -1,8 +1,9 @@
 """`strop doctor --recipe` against reality: forecast and measured peak memory and step time of real runs.
 
-    python -m benchmarks.forecast_check [CASE ...] [--save NAME]
+    python -m benchmarks.forecast_check [CASE ...] [--memory]
 
 Forecast and run are each a process of its own, one after the other; the run takes three steps, the last two are timed.
+Each case is added to benchmarks/results/forecast.json and .md. --memory is for a busy machine: it leaves times out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks import work
 from benchmarks.__main__ import MODEL, ROOT, heading, origin
 
+RESULTS = ROOT / "benchmarks" / "results" / "forecast.json"
 NUM_STEPS = 3
 SHAPE_30M = {
     "hidden_size": 384, "num_layers": 8, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 1024,
@@ -73,40 +75,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", type=int, help=f"numbers from 1 to {len(CASES)} (all)")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md")
+    parser.add_argument("--memory", action="store_true", help="record peak memory only")
     parser.add_argument("--do", choices=("forecast", "run"), help="only one half of one case, as JSON")
     options = parser.parse_args()
     chosen = [list(CASES)[number - 1] for number in options.cases] or list(CASES)
     if options.do:
         work.emit({"forecast": forecast_case, "run": run_case}[options.do](chosen[0]))
         return 0
-    rows = []
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for case in chosen:
         number = str(list(CASES).index(case) + 1)
-        halves = [_half(number, what) for what in ("forecast", "run")]
-        rows.append((case, *halves))
-        print(case, *halves, file=sys.stderr, flush=True)
-    table = render(rows)
-    print(table)
-    if options.save:
-        about = origin() | {"command": "python -m benchmarks.forecast_check"}
-        path = ROOT / "benchmarks" / "results" / f"{options.save}.md"
-        path.write_text(f"{heading(about)}\n\n{table}\n", encoding="utf-8")
+        ahead, real = (_half(number, what) for what in ("forecast", "run"))
+        print(case, ahead, real, file=sys.stderr, flush=True)
+        if options.memory:
+            ahead, real = (
+                {name: value for name, value in half.items() if name != "seconds" and not name.startswith("s ")}
+                for half in (ahead, real)
+            )
+        about = {"command": "python -m benchmarks.forecast_check"}
+        found[case] = {"forecast": ahead, "measured": real, "origin": heading(origin() | about)}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        RESULTS.with_suffix(".md").write_text(f"{found[case]['origin']}\n\n{render(found)}\n", encoding="utf-8")
+    print(render(found))
     return 0
 
 
-def render(rows: list[tuple[str, dict[str, float], dict[str, float]]]) -> str:
-    """Forecast over measured, per case."""
+def render(found: dict[str, Any]) -> str:
+    """Forecast over measured, per case, in the order of CASES."""
     lines = [
         "| run | peak memory, forecast | measured | forecast / measured | s per step, forecast | measured | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case, ahead, real in rows:
-        memory, seconds = ahead["peak_gb"] / real["peak_gb"], ahead["seconds"] / real["seconds"]
-        lines.append(
-            f"| {case} | {ahead['peak_gb']:.2f} GB | {real['peak_gb']:.2f} GB | {memory:.2f} | {ahead['seconds']:.2f} "
-            f"| {real['seconds']:.2f} | {seconds:.2f} |"
-        )
+    for case in (case for case in CASES if case in found):
+        ahead, real = found[case]["forecast"], found[case]["measured"]
+        memory = ahead["peak_gb"] / real["peak_gb"]
+        times = "| - | - | - |"
+        if "seconds" in real:
+            times = f"| {ahead['seconds']:.2f} | {real['seconds']:.2f} | {ahead['seconds'] / real['seconds']:.2f} |"
+        lines.append(f"| {case} | {ahead['peak_gb']:.2f} GB | {real['peak_gb']:.2f} GB | {memory:.2f} {times}")
     return "\n".join(lines)
 
 

@@ -30,7 +30,6 @@ class LiveMemory(TorchDispatchMode):
         super().__init__()
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._known: set[int] = set()
 
     def reset_peak(self) -> None:
         self.peak_bytes = self.live_bytes
@@ -50,16 +49,12 @@ class LiveMemory(TorchDispatchMode):
         if tensor.device.type == "meta" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
-        key, size = _key(tensor), storage.nbytes()
-        if key in self._known or not size:
-            return
-        self._known.add(key)
+        size = storage.nbytes()
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, key, size)
+        weakref.finalize(storage, self._remove, size)
 
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _remove(self, size: int) -> None:
         self.live_bytes -= size
 
 

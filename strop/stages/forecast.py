@@ -26,6 +26,10 @@ from strop.models.logprobs import packed_logprobs
 from strop.optim import AdamW, optimizer_step
 from strop.types import PackedBatch, SamplingParams, Segment
 
+ALLOCATOR_SHARE = 1.0
+"""Of the activations, added for freed blocks that the C library keeps and cannot use for the next, larger ones: a run
+of many small tensors was measured to need about twice its live activations (benchmarks/results/forecast.md)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -172,13 +176,16 @@ def _update_bytes(workload: Workload, probe: Probe) -> dict[str, float]:
     kept = probe.at("kept_bytes", config.num_layers)
     at_head = probe.at("head_peak_bytes", config.num_layers)
     if workload.accumulates:
-        return {"gradients": gradients, "activations": kept, "head": at_head - kept}
-    # With one micro-batch gradients come as activations go: either end of the backward pass may be the worst moment.
-    one_layer = 4.0 * _layer_parameters(config)
-    at_end = probe.one.tail_peak_bytes + (config.num_layers - 1) * one_layer
-    if at_head >= at_end:
-        return {"gradients": 0.0, "activations": kept, "head": at_head - kept}
-    return {"gradients": gradients, "activations": 0.0, "head": max(0.0, at_end - gradients)}
+        parts = {"gradients": gradients, "activations": kept, "head": at_head - kept}
+    else:
+        # With one micro-batch gradients come as activations go: either end of the backward pass may be the worst.
+        one_layer = 4.0 * _layer_parameters(config)
+        at_end = probe.one.tail_peak_bytes + (config.num_layers - 1) * one_layer
+        if at_head >= at_end:
+            parts = {"gradients": 0.0, "activations": kept, "head": at_head - kept}
+        else:
+            parts = {"gradients": gradients, "activations": 0.0, "head": max(0.0, at_end - gradients)}
+    return parts | {"allocator": ALLOCATOR_SHARE * kept}
 
 
 def _rollout_bytes(rollout: Rollout, config: ModelConfig, dtype: torch.dtype) -> dict[str, float]:
@@ -214,10 +221,24 @@ def _seconds(workload: Workload, probe: Probe) -> dict[str, float]:
 
 def measure(workload: Workload) -> Probe:
     """Run the two small models; some seconds. Call it in a process that has imported what the stage imports."""
+    _warm_up(workload)
     import_bytes = resident_bytes()
     models = [_model(workload, num_layers) for num_layers in (1, 2)]
     one, two = (_measured(model, workload) for model in models)
     return Probe(one=one, two=two, import_bytes=import_bytes, optimizer_seconds=_optimizer_seconds(models[1], workload))
+
+
+def _warm_up(workload: Workload) -> None:
+    """Run something tiny of everything: torch imports much, and makes its threads, when it is first needed."""
+    config = ModelConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64
+    )
+    tiny = dataclasses.replace(workload, model=config, micro_batch=(Segment(trunk=2),), num_labels=2)
+    if workload.rollout is not None:
+        tiny = dataclasses.replace(tiny, rollout=dataclasses.replace(workload.rollout, prompt_tokens=2, new_tokens=2))
+    model = _model(tiny, 1)
+    _measured(model, tiny)
+    _optimizer_seconds(model, tiny)
 
 
 def resident_bytes() -> int:

@@ -14,6 +14,7 @@ from strop.models.footprint import num_parameters
 from strop.models.live_memory import LiveMemory
 from strop.rollouts.batch import collate_rollouts
 from strop.stages.forecast import (
+    ALLOCATOR_SHARE,
     Measured,
     Probe,
     Rollout,
@@ -66,6 +67,7 @@ def test_every_further_layer_costs_what_the_second_did():
     update = forecast(WORKLOAD, PROBE).phases["update"]
     assert update["activations"] == 1000 + 4 * 300
     assert update["activations"] + update["head"] == 1500 + 4 * 300
+    assert update["allocator"] == ALLOCATOR_SHARE * update["activations"]
 
 
 def test_gradients_and_activations_are_whole_together_only_where_micro_batches_accumulate():
