@@ -47,7 +47,8 @@ check: lint  ## format, lint, types, unit and oracle tests: under two minutes
 test: lint  ## the checks above and every test, the learning tests too
 	$(PYTEST)
 
-bench: setup  ## speed and memory against TRL, which it installs first
+bench: setup  ## speed and memory against TRL, transformers and llama.cpp, which it installs first (short form)
 	$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[bench]'
+	-$(BIN)/python -m pip install --quiet -c requirements.lock -e '.[llama]'
 	test -f models/smollm2/config.json || $(BIN)/strop models get smollm2
 	$(BIN)/python -m benchmarks

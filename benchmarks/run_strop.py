@@ -3,56 +3,71 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from benchmarks import work
 
 
-def generation(model_folder: str) -> None:
+def generation(job: work.Job, model_folder: str) -> None:
     from strop.generation import Engine
     from strop.models import choose_dtype, load_model
     from strop.tokenizer import Tokenizer
     from strop.types import Request, SamplingParams
 
     model = load_model(model_folder, dtype=choose_dtype("auto"), frozen=True)
-    tokenizer = Tokenizer.load(model_folder)
-    engine = Engine(model, tokenizer, num_slots=work.GENERATION_BATCH)
-    sampling = SamplingParams(max_new_tokens=work.NEW_TOKENS)
-    ids = [tokenizer.encode(question * 4)[: work.PROMPT_TOKENS] for question in work.questions(work.GENERATION_BATCH)]
-    tokens, seconds = [], []
-    for step in range(work.WARM_UP_STEPS + work.TIMED_STEPS):
-        requests = [Request(prompt_ids=tuple(prompt), sampling=sampling, seed=step) for prompt in ids]
-        start = time.perf_counter()
-        groups = engine.generate(requests)
-        seconds.append(time.perf_counter() - start)
-        tokens.append(sum(len(completion.token_ids) for group in groups for completion in group))
-    work.report(tokens[work.WARM_UP_STEPS :], seconds[work.WARM_UP_STEPS :])
+    engine = Engine(model, Tokenizer.load(model_folder), num_slots=job.batch)
+    sampling = SamplingParams(max_new_tokens=job.new_tokens)
+    ids = work.prompt_ids(model_folder, job.batch)
+    prefills, decodes = [], []
+    for step in range(job.warm_up + job.timed):
+        engine.generate([Request(prompt_ids=tuple(prompt), sampling=sampling, seed=step) for prompt in ids])
+        stats = engine.stats
+        assert stats.completion_tokens == job.batch * job.new_tokens
+        # The first sampled token belongs to the prefill, as in the other systems; bookkeeping goes to decoding.
+        prefills.append(stats.prefill_seconds + stats.sample_seconds / job.new_tokens)
+        decodes.append(stats.total_seconds - prefills[-1])
+    work.report_generation(job.batch, job.new_tokens, prefills[job.warm_up :], decodes[job.warm_up :])
 
 
-def sft(model_folder: str) -> None:
+def sft(job: work.Job, model_folder: str) -> None:
+    from strop.data import load_rows, sft_examples
+    from strop.models.folders import read_json
+    from strop.models.footprint import training_flops
+    from strop.models.huggingface import config_from_dict
     from strop.optim import OptimizerConfig
     from strop.stages.sft import Config, train
+    from strop.tokenizer import Tokenizer
+    from strop.types import Segment
 
-    rows = [{"messages": messages} for messages in work.conversations(work.SFT_ROWS)]
+    rows = [{"messages": messages} for messages in work.conversations(job.batch)]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        examples = sft_examples(load_rows(str(data)), Tokenizer.load(model_folder), max_length=1024)
         config = Config(
             init_from=model_folder,
             data=str(data),
-            num_steps=work.WARM_UP_STEPS + work.TIMED_STEPS,
-            batch_tokens=4096,
+            num_steps=job.warm_up + job.timed,
+            batch_tokens=sum(example.num_labels for example in examples),
             micro_batch_tokens=2048,
             optimizer=OptimizerConfig(lr=1e-5),
             save_every=10_000,
         )
-        _measured(train, config, Path(folder), "num_tokens")
+        lines = _steps(train, config, Path(folder), job)
+    flops = training_flops(
+        config_from_dict(read_json(Path(model_folder) / "config.json")),
+        [Segment(trunk=example.num_labels) for example in examples],
+        sum(int(example.loss_mask[1:].sum()) for example in examples),
+    )
+    seconds = [line["time/step_seconds"] for line in lines]
+    gflops = flops / statistics.median(seconds) / 1e9
+    work.report([line["num_tokens"] for line in lines], seconds, training_gflops=gflops)
 
 
-def grpo(model_folder: str, *, has_lora: bool = False) -> None:
+def grpo(job: work.Job, model_folder: str) -> None:
     from strop.models import LoraConfig
     from strop.optim import OptimizerConfig
     from strop.rewards.config import RewardConfig
@@ -61,38 +76,45 @@ def grpo(model_folder: str, *, has_lora: bool = False) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         tasks = Path(folder) / "tasks.jsonl"
-        rows = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(work.GRPO_PROMPTS)]
+        rows = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(job.batch)]
         tasks.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         config = Config(
             init_from=model_folder,
             tasks=str(tasks),
             rewards=(RewardConfig(name="benchmarks.work:long_answer_reward"),),
-            num_steps=work.WARM_UP_STEPS + work.TIMED_STEPS,
-            prompts_per_step=work.GRPO_PROMPTS,
-            group_size=work.GRPO_GROUP,
-            sampling=Sampling(max_new_tokens=work.GRPO_NEW_TOKENS),
-            optimizer=OptimizerConfig(lr=work.LORA_LR if has_lora else 1e-6),
-            lora=LoraConfig(rank=work.LORA_RANK, alpha=work.LORA_ALPHA) if has_lora else None,
+            num_steps=job.warm_up + job.timed,
+            prompts_per_step=job.batch,
+            group_size=job.group,
+            sampling=Sampling(max_new_tokens=job.new_tokens),
+            optimizer=OptimizerConfig(lr=work.LORA_LR if job.has_lora else 1e-6),
+            lora=LoraConfig(rank=work.LORA_RANK, alpha=work.LORA_ALPHA) if job.has_lora else None,
             # With an adapter small micro-batches cost little: there are no gradients of whole weights to add up.
-            micro_batch_tokens=640 if has_lora else 2560,
-            num_slots=work.GRPO_PROMPTS * work.GRPO_GROUP,
+            micro_batch_tokens=640 if job.has_lora else 2560,
+            num_slots=job.batch * job.group,
             save_every=10_000,
         )
-        _measured(train, config, Path(folder), "num_tokens")
+        lines = _steps(train, config, Path(folder), job)
+    work.report(
+        [line["num_tokens"] for line in lines],
+        [line["time/step_seconds"] for line in lines],
+        rollout_seconds=statistics.median(line["time/rollout_seconds"] for line in lines),
+        update_seconds=statistics.median(line["time/update_seconds"] for line in lines),
+        engine_gap_exp=statistics.median(line["engine_gap_exp"] for line in lines),
+    )
 
 
-def grpo_lora(model_folder: str) -> None:
-    grpo(model_folder, has_lora=True)
-
-
-def _measured(train, config, folder: Path, tokens_key: str) -> None:
+def _steps(train, config, folder: Path, job: work.Job) -> list[dict]:
     """Run the stage; its own log says how long each step took, from the first sample to the last update."""
     from strop.runs import read_lines
 
     run = train(config, name="bench", runs_dir=folder, resume=False)
-    lines = [line for line in read_lines(run / "metrics.jsonl") if line["step"] > work.WARM_UP_STEPS]
-    work.report([line[tokens_key] for line in lines], [line["time/step_seconds"] for line in lines])
+    return [line for line in read_lines(run / "metrics.jsonl") if line["step"] > job.warm_up]
+
+
+def main(job_name: str, model_folder: str) -> None:
+    job = work.job(job_name)
+    {"generation": generation, "sft": sft, "grpo": grpo}[job.kind](job, model_folder)
 
 
 if __name__ == "__main__":
-    {"generation": generation, "sft": sft, "grpo": grpo, "grpo_lora": grpo_lora}[sys.argv[1]](sys.argv[2])
+    main(*sys.argv[1:])

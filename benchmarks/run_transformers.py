@@ -1,4 +1,8 @@
-"""One measurement of transformers' generate: python -m benchmarks.run_transformers generation MODEL."""
+"""One measurement of transformers' generate: python -m benchmarks.run_transformers JOB MODEL.
+
+bf16 weights, sdpa attention, the default (dynamic) cache, plain sampling: the fastest of what was tried
+(results/settings.md).
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,19 @@ import sys
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks import work
 
 
-def main(model_folder: str) -> None:
-    """bf16 weights, sdpa attention, the default (dynamic) cache, plain sampling: the fastest of what was tried."""
+def main(job_name: str, model_folder: str, setting: str = "bf16 sdpa") -> None:
+    job = work.job(job_name)
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
-    ids = [
-        tokenizer(question * 4)["input_ids"][: work.PROMPT_TOKENS] for question in work.questions(work.GENERATION_BATCH)
-    ]
-    batch = torch.tensor(ids)
-    tokens, seconds = [], []
-    for _ in range(work.WARM_UP_STEPS + work.TIMED_STEPS):
+    options, generate_options = SETTINGS[setting]
+    model = AutoModelForCausalLM.from_pretrained(model_folder, **options).eval()
+    batch = torch.tensor(work.prompt_ids(model_folder, job.batch))
+
+    def seconds(new_tokens: int) -> float:
         start = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(
@@ -30,14 +31,28 @@ def main(model_folder: str) -> None:
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
-                min_new_tokens=work.NEW_TOKENS,
-                max_new_tokens=work.NEW_TOKENS,
-                pad_token_id=tokenizer.eos_token_id,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+                **generate_options,
             )
-        seconds.append(time.perf_counter() - start)
-        tokens.append(out.shape[0] * (out.shape[1] - batch.shape[1]))
-    work.report(tokens[work.WARM_UP_STEPS :], seconds[work.WARM_UP_STEPS :])
+        assert out.shape == (job.batch, work.PROMPT_TOKENS + new_tokens)
+        return time.perf_counter() - start
 
+    prefills, wholes = [], []
+    for _ in range(job.warm_up + job.timed):
+        prefills.append(seconds(1))
+        wholes.append(seconds(job.new_tokens))
+    decodes = [whole - prefill for whole, prefill in zip(wholes, prefills, strict=True)]
+    work.report_generation(job.batch, job.new_tokens, prefills[job.warm_up :], decodes[job.warm_up :])
+
+
+SETTINGS: dict[str, tuple[dict, dict]] = {
+    "bf16 sdpa": ({"dtype": torch.bfloat16}, {}),
+    "bf16 eager": ({"dtype": torch.bfloat16, "attn_implementation": "eager"}, {}),
+    "bf16 sdpa static cache": ({"dtype": torch.bfloat16}, {"cache_implementation": "static", "disable_compile": True}),
+    "fp32 sdpa": ({"dtype": torch.float32}, {}),
+}
 
 if __name__ == "__main__":
-    main(sys.argv[2])
+    main(*sys.argv[1:])

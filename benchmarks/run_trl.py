@@ -1,7 +1,7 @@
-"""One measurement of TRL: python -m benchmarks.run_trl JOB MODEL.
+"""One measurement of TRL: python -m benchmarks.run_trl JOB MODEL [SETTING].
 
-Its fastest working setting on a CPU of those tried: bf16 weights (its default, fp32 weights under bf16 autocast, casts
-every weight at every decoded token), no autocast, no gradient checkpointing, one micro-batch.
+The setting is, of SETTINGS, the fastest that works on a CPU (results/settings.md has the figures of all): bf16 weights,
+because its default, fp32 weights under bf16 autocast, casts every weight at every decoded token.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from typing import Any
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,20 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from benchmarks import work
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp32 weights, bf16 autocast": {"dtype": torch.float32, "bf16": True},
+    "fp32": {"dtype": torch.float32},
+    "bf16, eager attention": {"attn_implementation": "eager"},
+    "bf16, gradient checkpointing": {"gradient_checkpointing": True},
+    "bf16, micro-batches of a quarter": {"num_micro_batches": 4},
+    "bf16, static cache": {"cache_implementation": "static"},
+    "bf16, continuous batching": {"use_transformers_continuous_batching": True},
+    "bf16, padding-free": {"padding_free": True},
+    "bf16, torch.compile": {"torch_compile": True},
+}
+"""What replaces the defaults below; a key that a trainer has no field for is refused by its config."""
 
 
 class Clock(TrainerCallback):
@@ -35,27 +50,27 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def sft(model_folder: str) -> None:
+def sft(job: work.Job, model_folder: str, setting: dict[str, Any]) -> None:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    rows = work.conversations(work.SFT_ROWS)
-    steps = work.WARM_UP_STEPS + work.TIMED_STEPS
+    rows = work.conversations(job.batch)
     with tempfile.TemporaryDirectory() as folder:
+        model, options = _model_and_options(model_folder, folder, setting, job.batch)
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16),
+            model=model,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list([{"messages": row} for row in rows]),
-            args=SFTConfig(per_device_train_batch_size=work.SFT_ROWS, max_steps=steps, **_common(folder)),
+            args=SFTConfig(max_steps=job.warm_up + job.timed, **options),
             callbacks=[clock := Clock()],
         )
         trainer.train()
     encoded = tokenizer.apply_chat_template(rows, return_dict=True)["input_ids"]
     tokens = sum(len(ids) - 1 for ids in encoded)
-    work.report([tokens] * work.TIMED_STEPS, clock.seconds[work.WARM_UP_STEPS :])
+    work.report([tokens] * job.timed, clock.seconds[job.warm_up :])
 
 
-def grpo(model_folder: str, *, has_lora: bool = False) -> None:
+def grpo(job: work.Job, model_folder: str, setting: dict[str, Any]) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     counts: list[int] = []
@@ -64,47 +79,49 @@ def grpo(model_folder: str, *, has_lora: bool = False) -> None:
         counts.append(sum(len(ids) for ids in completion_ids))
         return work.long_answer_reward(completions)
 
-    steps = work.WARM_UP_STEPS + work.TIMED_STEPS
     lora = None
-    if has_lora:
+    if job.has_lora:
         from peft import LoraConfig
 
         lora = LoraConfig(
             r=work.LORA_RANK, lora_alpha=work.LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-    prompts = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(work.GRPO_PROMPTS)]
+    prompts = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(job.batch)]
     with tempfile.TemporaryDirectory() as folder:
+        model, options = _model_and_options(model_folder, folder, setting, job.batch * job.group)
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16),
+            model=model,
             processing_class=AutoTokenizer.from_pretrained(model_folder),
             reward_funcs=reward,
             train_dataset=Dataset.from_list(prompts),
             args=GRPOConfig(
-                per_device_train_batch_size=work.GRPO_PROMPTS * work.GRPO_GROUP,
-                num_generations=work.GRPO_GROUP,
-                max_completion_length=work.GRPO_NEW_TOKENS,
+                num_generations=job.group,
+                max_completion_length=job.new_tokens,
                 beta=0.0,
-                max_steps=steps,
-                **_common(folder) | ({"learning_rate": work.LORA_LR} if has_lora else {}),
+                max_steps=job.warm_up + job.timed,
+                **options | ({"learning_rate": work.LORA_LR} if job.has_lora else {}),
             ),
             peft_config=lora,
             callbacks=[clock := Clock()],
         )
         trainer.train()
-    work.report(counts[work.WARM_UP_STEPS :], clock.seconds[work.WARM_UP_STEPS :])
+    work.report(counts[job.warm_up :], clock.seconds[job.warm_up :])
 
 
-def grpo_lora(model_folder: str) -> None:
-    grpo(model_folder, has_lora=True)
-
-
-def _common(folder: str) -> dict:
-    return {
+def _model_and_options(model_folder: str, folder: str, setting: dict[str, Any], num_rows: int):
+    """The model and the trainer's arguments; num_rows make one optimiser step, in num_micro_batches parts."""
+    options = dict(setting)
+    load = {"dtype": options.pop("dtype", torch.bfloat16)}
+    if "attn_implementation" in options:
+        load["attn_implementation"] = options.pop("attn_implementation")
+    parts = options.pop("num_micro_batches", 1)
+    defaults = {
         "output_dir": folder,
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": num_rows // parts,
+        "gradient_accumulation_steps": parts,
         "learning_rate": 1e-6,
         "save_strategy": "no",
         "report_to": [],
@@ -112,7 +129,17 @@ def _common(folder: str) -> dict:
         "dataloader_pin_memory": False,
         "logging_strategy": "no",
     }
+    return AutoModelForCausalLM.from_pretrained(model_folder, **load), defaults | options
 
+
+def main(job_name: str, model_folder: str, setting: str | None = None) -> None:
+    job = work.job(job_name)
+    chosen = SETTINGS[FASTEST[job_name.partition("/")[0]] if setting is None else setting]
+    {"sft": sft, "grpo": grpo}[job.kind](job, model_folder, chosen)
+
+
+FASTEST = {"sft": "bf16", "grpo-64": "bf16", "grpo-64-lora": "bf16", "grpo-256": "bf16, micro-batches of a quarter"}
+"""grpo-256 in one micro-batch wants more memory than most machines have."""
 
 if __name__ == "__main__":
-    {"sft": sft, "grpo": grpo, "grpo_lora": grpo_lora}[sys.argv[1]](sys.argv[2])
+    main(*sys.argv[1:])

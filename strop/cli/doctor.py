@@ -1,37 +1,63 @@
-"""`strop doctor`: what this machine is, how fast it multiplies, and what 'auto' means on it."""
+"""`strop doctor`: what this machine is, how fast it multiplies, and what 'auto' means on it; with --recipe, what a run
+will need of it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
+
+from strop.cli.config import read_toml, read_values
+from strop.cli.flags import StageCall, parse_stage_flags
+from strop.cli.stages import STAGES, load_stage
+
+if TYPE_CHECKING:
+    from strop.stages.forecast import Forecast, Workload
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "asimd", "bf16", "i8mm", "sve")
 """Flags that decide how fast a CPU multiplies matrices: x86 first, then Arm."""
 
+MARGIN = 0.9
+"""Share of the free memory that a run may be forecast to need: forecasts are within a fifth, and others live here."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """This machine: CPU features, cores, memory, measured speed, and the dtype that 'auto' means."""
+    """This machine: CPU features, cores, memory, measured speed, sandbox, compiler, and the dtype that 'auto' means.
+
+    strop doctor --recipe RECIPE.toml [--from RUN[/STEP]|FOLDER] [--stage STAGE] [--FIELD VALUE ...] instead says what a
+    step of that recipe will need here, in memory by component and in seconds, after some seconds of measurement.
+    """
 
 
 def run(command: str, args: Sequence[str]) -> int:
-    tyro.cli(Arguments, args=list(args), prog=f"strop {command}")
+    options, rest = _split(args)
+    if "recipe" in options:
+        return _forecast(Path(options["recipe"]), options.get("stage"), rest)
+    if "stage" in options:
+        raise ValueError("--stage says which stage a recipe is for: name the recipe with --recipe")
+    tyro.cli(Arguments, args=rest, prog=f"strop {command}")
+    _print(machine_rows())
+    return 0
+
+
+def machine_rows() -> dict[str, str]:
+    """What `strop doctor` prints, by name."""
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from strop import __version__
-    from strop.models.precision import choose_dtype, measure_gemm
+    from strop.models.precision import fastest, measure_bandwidth, measure_dtypes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # What a job may use, which in a container or under taskset is less than what the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    table = Table(show_header=False, box=None, pad_edge=False)
     rows = {
         "strop": f"{__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         "system": f"{platform.system()} {platform.machine()}",
@@ -40,15 +66,19 @@ def run(command: str, args: Sequence[str]) -> int:
         "cores": f"{cores} usable, torch uses {torch.get_num_threads()} threads",
         "memory": memory(),
         "GPU": torch.cuda.get_device_name() if device.type == "cuda" else "none",
+        "compiler": compiler(),
+        "sandbox": sandbox(),
     }
-    rates = {dtype: measure_gemm(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    rates = measure_dtypes(device)
     for dtype, rate in rates.items():
         rows[f"GEMM {str(dtype).removeprefix('torch.')}"] = f"{rate:,.0f} GFLOP/s on {device.type}"
-    rows["dtype 'auto'"] = str(choose_dtype("auto", device)).removeprefix("torch.")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
-    return 0
+    if device.type == "cpu":
+        read, copy = measure_bandwidth()
+        rows["memory bandwidth"] = f"{read:.0f} GB/s reading, {copy:.0f} GB/s copying (read and written)"
+    ratio = rates[torch.bfloat16] / rates[torch.float32]
+    chosen = str(fastest(rates)).removeprefix("torch.")
+    rows["dtype 'auto'"] = f"{chosen}, by measurement: bfloat16 multiplies {ratio:.1f}x as fast as float32 here"
+    return rows
 
 
 def cpu_name() -> str:
@@ -65,9 +95,159 @@ def memory() -> str:
     """Total and free memory in GiB."""
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-        available = _proc_field("/proc/meminfo", "MemAvailable").split()
-        return f"{total}, {int(available[0]) / 2**20:.1f} GiB free" if available else total
+        available = free_bytes()
+        return f"{total}, {available / 2**30:.1f} GiB free" if available else total
     return "unknown"
+
+
+def free_bytes() -> int | None:
+    """What a new process may use before the system swaps or kills: free memory, within this container's limit."""
+    available = _proc_field("/proc/meminfo", "MemAvailable").split()
+    if not available:
+        return None
+    free = int(available[0]) * 1024
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
+def compiler() -> str:
+    """The C++ compiler that torch.compile would use."""
+    found = [name for name in ("g++", "clang++") if shutil.which(name)]
+    return found[0] if found else "none: torch.compile cannot be used"
+
+
+def sandbox() -> str:
+    """Whether bubblewrap is there and may make namespaces, which containers often forbid."""
+    if shutil.which("bwrap") is None:
+        return "none: install bubblewrap (bwrap) for rewards that run a model's code"
+    done = subprocess.run(["bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"], capture_output=True, text=True)
+    return "bwrap" if done.returncode == 0 else f"bwrap is there but refused: {done.stderr.strip().splitlines()[-1:]}"
+
+
+def stage_of(recipe: Path, table: dict[str, Any]) -> str:
+    """The one stage whose Config has every field of the recipe. ValueError where none or several have."""
+    if "stage" in table:
+        raise ValueError(f"{recipe} is a pipeline: name the recipe of one of its stages")
+    fitting, problems = [], []
+    for stage in STAGES:
+        try:
+            read_values(table, load_stage(stage).Config, str(recipe))
+            fitting.append(stage)
+        except ValueError as error:
+            problems.append(f"{stage}: {error}")
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(f"{recipe} could be for {' or '.join(fitting)}: add --stage")
+    raise ValueError(f"{recipe} is a recipe of no stage:\n  " + "\n  ".join(problems))
+
+
+def _forecast(recipe: Path, stage: str | None, args: Sequence[str]) -> int:
+    table = read_toml(recipe)
+    stage = stage or stage_of(recipe, table)
+    if stage not in STAGES:
+        raise ValueError(f"--stage {stage}: there are {', '.join(STAGES)}")
+    config_class = load_stage(stage).Config
+    values = read_values(table, config_class, str(recipe))
+    prog = f"strop doctor --recipe {recipe}"
+    call = parse_stage_flags(config_class, values, args, prog=prog, where=str(recipe), name=recipe.stem)
+    import torch.utils.tensorboard  # noqa: F401  what a run imports belongs to its memory
+
+    from strop.cli.workload import workload
+    from strop.stages.forecast import forecast, measure
+
+    work = workload(stage, call.config, call.runs_dir)
+    result = forecast(work, measure(work))
+    free = free_bytes()
+    _print_forecast(stage, work, result, free)
+    if free is not None and result.peak_bytes > MARGIN * free:
+        _print_remedies(stage, call, free)
+    return 0
+
+
+def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from strop.models.footprint import num_parameters
+    from strop.models.precision import measure_gemm
+
+    console = Console(highlight=False)
+    shape = work.model
+    dtype = str(work.dtype).removeprefix("torch.")
+    peak = measure_gemm(work.dtype)
+    _print(
+        {
+            "stage": stage,
+            "model": f"{num_parameters(shape) / 1e6:.1f} M parameters, {shape.num_layers} layers, {dtype}",
+            "micro-batch": f"{work.micro_tokens:,} tokens, {work.num_labels:,} of them count",
+            "step": f"{work.tokens_per_step:,} training tokens, {work.num_updates} update(s)",
+            **{f"assumed {number}": text for number, text in enumerate(work.assumptions, start=1)},
+        }
+    )
+    table = Table("memory, GB", *result.phases, box=None, pad_edge=False, title_justify="left")
+    for name in dict.fromkeys(name for phase in result.phases.values() for name in phase):
+        row = [phase.get(name, 0.0) / 1e9 for phase in result.phases.values()]
+        if any(row):
+            table.add_row(name, *(f"{value:.2f}" for value in row))
+    table.add_row("together", *(f"{sum(phase.values()) / 1e9:.2f}" for phase in result.phases.values()))
+    console.print(table)
+    of_free = "" if free is None else f" of {free / 1e9:.2f} GB free"
+    console.print(f"peak memory: {result.peak_bytes / 1e9:.2f} GB{of_free}, in the phase '{result.largest_phase}'")
+    parts = ", ".join(f"{name} {value:.2f}" for name, value in result.seconds.items())
+    console.print(f"time per step: {result.step_seconds:.2f} s ({parts})")
+    share = result.training_gflops / peak
+    console.print(f"training: {result.training_gflops:,.0f} GFLOP/s, {share:.0%} of the {peak:,.0f} of a {dtype} GEMM")
+
+
+def _print_remedies(stage: str, call: StageCall, free: int) -> None:
+    """Forecast what each smaller setting would need, and name those that fit."""
+    from strop.cli.workload import smaller, workload
+    from strop.stages.forecast import forecast, measure
+
+    print(f"\nThis does not fit into {MARGIN:.0%} of the free memory. What would be needed with")
+    fits = False
+    for what, config in smaller(stage, call.config):
+        work = workload(stage, config, call.runs_dir)
+        needed = forecast(work, measure(work)).peak_bytes
+        fits = fits or needed <= MARGIN * free
+        print(f"  {what}: {needed / 1e9:.2f} GB{', which fits' if needed <= MARGIN * free else ''}")
+    if not fits:
+        print("None of these alone is enough: combine them, or take a smaller model")
+
+
+def _split(args: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """--recipe and --stage, as `--name value` or `--name=value`, and all other arguments."""
+    options: dict[str, str] = {}
+    rest: list[str] = []
+    remaining = iter(args)
+    for argument in remaining:
+        name, is_joined, value = argument.partition("=")
+        if name not in ("--recipe", "--stage"):
+            rest.append(argument)
+            continue
+        if not is_joined:
+            value = next(remaining, "")
+        if not value or value.startswith("--"):
+            raise ValueError(f"{name} needs a value")
+        options[name.removeprefix("--")] = value
+    return options, rest
+
+
+def _print(rows: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None where there is no file, or it says "max"."""
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 def _proc_field(path: str, name: str) -> str:

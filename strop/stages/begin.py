@@ -11,7 +11,7 @@ import torch
 
 from strop.models import CausalLM, Decoder, LoraConfig, choose_dtype, load_model, tokenizer_folder
 from strop.models.adapters import add_adapter, check_same_config
-from strop.models.precision import DTYPES
+from strop.models.precision import DTYPES, fastest, measure_dtypes
 from strop.optim import OptimizerConfig
 from strop.runs import Start, derive_seed
 from strop.runs.files import sync
@@ -41,8 +41,19 @@ def check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
 
 
 def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
-    """The run's compute dtype: measured once for "auto", and the same ever after."""
-    name = start.settle("dtype", lambda: str(choose_dtype(requested, device)).removeprefix("torch."))
+    """The run's compute dtype: measured once for "auto", and the same ever after.
+
+    It is printed, and run.json has it as `dtype`, with the measured rates as `dtype_gflops`.
+    """
+    reason = ""
+    if "dtype" not in start.run.info and requested == "auto":
+        rates = measure_dtypes(device)
+        measured = ", ".join(f"{_name(dtype)} {rate:.0f}" for dtype, rate in rates.items())
+        start.settle("dtype", lambda: _name(fastest(rates)))
+        start.settle("dtype_gflops", lambda: measured)
+        reason = f", by measurement ({measured} GFLOP/s)"
+    name = start.settle("dtype", lambda: _name(choose_dtype(requested, device)))
+    print(f"compute dtype {name}{reason}", flush=True)
     return DTYPES[name]
 
 
@@ -68,6 +79,10 @@ def load_policy(start: Start, lora: LoraConfig | None, dtype: torch.dtype, devic
 def load_tokenizer(start: Start) -> Tokenizer:
     """The tokenizer of the checkpoint that the run starts from; an adapter's may be its base's."""
     return Tokenizer.load(tokenizer_folder(start.model_folder))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def kept_tokenizer(start: Start, make: Callable[[], Tokenizer]) -> Tokenizer:

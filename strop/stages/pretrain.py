@@ -232,10 +232,18 @@ def _model(config: Config, start: Start, tokenizer: Tokenizer) -> CausalLM:
         if config.context_length > limit:
             raise ValueError(f"context_length={config.context_length} exceeds the model's {limit} positions: lower it")
         return model
+    model_config = new_model_config(config, tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    return init_model(model_config, seed=derive_seed(config.seed, "init"), dtype=dtype).to(config.device)
+
+
+def new_model_config(
+    config: Config, vocab_size: int, *, bos_id: int | None = None, eos_id: int | None = None
+) -> ModelConfig:
+    """The model that a run from scratch makes for a tokenizer of vocab_size ids."""
     shape = config.model
-    model_config = ModelConfig(
+    return ModelConfig(
         # GEMMs run at full width on multiples of 64; the spare rows are never a label.
-        vocab_size=-(-tokenizer.vocab_size // 64) * 64,
+        vocab_size=-(-vocab_size // 64) * 64,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_layers=shape.num_layers,
@@ -245,10 +253,9 @@ def _model(config: Config, start: Start, tokenizer: Tokenizer) -> CausalLM:
         max_position_embeddings=max(config.context_length, 2048),
         rope_theta=shape.rope_theta,
         tie_embeddings=shape.tie_embeddings,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
     )
-    return init_model(model_config, seed=derive_seed(config.seed, "init"), dtype=dtype).to(config.device)
 
 
 def _batches(config: Config, shards: TokenShards) -> PretrainBatches:

@@ -15,7 +15,8 @@ from strop.generation import Engine
 from strop.models import LoraConfig, load_model, save_model, weight_hash
 from strop.models.adapters import add_adapter, tensors_hash
 from strop.models.decoder import Decoder
-from strop.models.lora import Reference, adapted_linears, detach, merged
+from strop.models.logprobs import packed_logprobs
+from strop.models.lora import Reference, adapted_linears, detach, merged, reference_of
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
@@ -85,6 +86,7 @@ def test_the_reference_is_the_base_without_a_copy(tiny_folder: Path, tmp_path: P
     reference = Reference(model)
     with torch.no_grad():
         assert torch.equal(reference.hidden(BATCH), base.hidden(BATCH))
+        assert torch.equal(packed_logprobs(reference_of(model), BATCH)[0], packed_logprobs(base, BATCH)[0])
     assert sum(p.numel() for _, p in reference.named_parameters()) < 0.2 * sum(p.numel() for p in base.parameters())
     before = logits(model)
     # A reference that is another adapter on the same base: what a run from an adapter has.

@@ -419,17 +419,23 @@ def test_a_ctrl_c_that_comes_just_after_the_save_stops_after_the_next_one(
     assert checkpoint is not None and checkpoint.step == last["step"] == 3
 
 
-def test_the_measured_dtype_is_settled_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measured_dtype_is_settled_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second measurement on a busy machine might prefer the other dtype, and the run would no longer be the same."""
     import strop.stages.begin as begin
 
-    answers: list[Any] = [torch.bfloat16, torch.float32]
-    monkeypatch.setattr(begin, "choose_dtype", lambda requested, device: answers.pop(0))
+    answers: list[Any] = [{torch.float32: 90.0, torch.bfloat16: 400.4}, {torch.float32: 90.0, torch.bfloat16: 4.0}]
+    monkeypatch.setattr(begin, "measure_dtypes", lambda device: answers.pop(0))
     change("sft.toml", 'dtype = "float32"\n', 'dtype = "auto"\n')
     assert main(["sft", "sft.toml"]) == 0
+    printed = "compute dtype bfloat16, by measurement (float32 90, bfloat16 400 GFLOP/s)"
+    assert printed in capsys.readouterr().out.splitlines()
     shutil.rmtree("runs/sft/checkpoints")  # as if killed before the first one
     assert main(["sft", "sft.toml", "--resume"]) == 0
-    assert answers == [torch.float32]
-    assert RunFolder.open("runs", "sft").info["dtype"] == "bfloat16"
+    assert "compute dtype bfloat16" in capsys.readouterr().out.splitlines()
+    assert len(answers) == 1
+    info = RunFolder.open("runs", "sft").info
+    assert (info["dtype"], info["dtype_gflops"]) == ("bfloat16", "float32 90, bfloat16 400")
     config = json.loads(Path("runs/sft/checkpoints/step-000002/config.json").read_text())
     assert config["dtype"] == "bfloat16"

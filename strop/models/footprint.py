@@ -1,0 +1,52 @@
+"""What a decoder costs, counted from its shape alone: parameters, floating-point operations, bytes of cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from strop.models.config import ModelConfig
+from strop.types import Segment
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """All weights, as a Decoder of this config has them."""
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    norms += config.qk_norm * 2 * config.num_layers * config.head_dim
+    query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    biases = config.qkv_bias * (query_width + 2 * key_width) + config.output_bias * config.hidden_size
+    biases += config.mlp_bias * (2 * config.intermediate_size + config.hidden_size)
+    embeddings = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+    return embeddings + config.num_layers * (layer_matrices(config) + biases) + norms
+
+
+def layer_matrices(config: ModelConfig) -> int:
+    """Entries of one layer's matrices, each of which multiplies every token once."""
+    query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = (2 * query_width + 2 * key_width) * config.hidden_size
+    return attention + 3 * config.intermediate_size * config.hidden_size
+
+
+def training_flops(config: ModelConfig, segments: Sequence[Segment], num_labels: int) -> float:
+    """Floating-point operations that a forward and backward pass over the segments cannot do without.
+
+        3 * (2 * L * matrices * tokens  +  4 * L * N * H * pairs  +  2 * V * D * labels)
+
+    pairs counts (query, key) with key <= query inside a trunk or branch, and every branch token with its whole trunk;
+    labels are the positions that get logits. A backward pass costs twice its forward pass (Kaplan et al. 2020,
+    appendix B). Not counted: recomputation, norms, softmax, the optimiser. So a rate made of it is one of useful work.
+    """
+    tokens = sum(map(len, segments))
+    pairs = sum(_pairs(segment) for segment in segments)
+    layers = 2.0 * layer_matrices(config) * tokens + 4.0 * config.num_heads * config.head_dim * pairs
+    return 3.0 * (config.num_layers * layers + 2.0 * config.vocab_size * config.hidden_size * num_labels)
+
+
+def cache_bytes(config: ModelConfig, *, num_slots: int, length: int, bytes_per_number: int) -> int:
+    """Keys and values of num_slots sequences of `length` tokens each."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * bytes_per_number
+    return num_slots * length * per_token
+
+
+def _pairs(segment: Segment) -> int:
+    own = segment.trunk * (segment.trunk + 1) // 2
+    return own + sum(length * segment.trunk + length * (length + 1) // 2 for length in segment.branches)
