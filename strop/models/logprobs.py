@@ -16,7 +16,13 @@ def packed_logprobs(
 
     The head runs on those positions only and never holds more than a chunk of (R, V).
     """
-    hidden_TD = model.hidden(batch)
+    return label_logprobs(model, model.hidden(batch), batch, temperature=temperature, with_entropy=with_entropy)
+
+
+def label_logprobs(
+    model: CausalLM, hidden_TD: Tensor, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """As packed_logprobs, from hidden states that serve something else as well."""
     return linear_logprobs(
         hidden_TD[batch.loss_mask_T],
         model.lm_head_weight,
