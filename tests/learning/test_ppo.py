@@ -156,8 +156,8 @@ def test_the_critic_learns_what_decides_the_reward_and_no_coin(task: Task) -> No
     assert explained["coin"] < 0.2
 
 
-def reward_model(task: Task, name: str, rows: Sequence[dict[str, str]], *, num_steps: int = 250) -> str:
-    """A reward model that learned from pairs, each the row's answer preferred to another digit; returns its folder.
+def reward_model(task: Task, name: str, rows: Sequence[dict[str, str]], *, num_steps: int = 300) -> str:
+    """A reward model that learned from pairs, the row's answer preferred to another digit or to junk; its folder.
 
     Its zero and unit are those of its scores on the pairs, as the reward_model stage stores them.
     """
@@ -173,8 +173,10 @@ def reward_model(task: Task, name: str, rows: Sequence[dict[str, str]], *, num_s
         last: list[int] = []
         for row in draw.sample(rows, 32):
             prompt = tokenizer.encode_prompt(row["prompt"])
-            other = draw.choice([digit for digit in "0123456789" if digit != row["answer"]])
-            branches = [[*tokenizer.encode(answer), tokenizer.eos_id] for answer in (row["answer"], other)]
+            other = tokenizer.encode(draw.choice([digit for digit in "0123456789" if digit != row["answer"]]))
+            if draw.random() < 0.3:  # what no person would prefer, so that it pays in no reward model either
+                other = [draw.randrange(1, 300) for _ in range(draw.randint(1, 3))]
+            branches = [[*ids, tokenizer.eos_id] for ids in (tokenizer.encode(row["answer"]), other)]
             token_ids += prompt
             for branch in branches:
                 token_ids += branch  # type: ignore[arg-type]

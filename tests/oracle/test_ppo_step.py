@@ -281,6 +281,30 @@ def test_policy_and_critic_move_by_their_gradients_with_everything_on(
     assert batch.values_BT is not None and batch.returns_BT is not None
 
 
+def test_a_shared_trunk_moves_by_both_gradients(tiny_folder: Path, tmp_path: Path) -> None:
+    """Policy loss + value_coef * half squared error, through one trunk; and the head by its own."""
+    critic = CriticConfig(network="shared", value_coef=2.0, clip=math.inf)
+    run = setup(tiny_folder, critic_head=True, **{**PLAIN, "critic": critic})
+    (head,) = run.critic_weights().values()
+    _, groups, _ = run.step()
+    oracle = Oracle(tiny_folder)
+    head.requires_grad_()
+    loss = torch.zeros(())
+    for prompt, completion, reward in rows(groups):
+        ids = torch.tensor([[*prompt, *completion]])
+        values = oracle.model.model(ids).last_hidden_state[0, len(prompt) - 1 : -1] @ head[0]
+        advantages = by_hand_gae([0.0] * (len(completion) - 1) + [reward], values.detach().tolist(), 1.0, 1.0)
+        loss = loss - (oracle.logprobs(prompt, completion) * torch.tensor(advantages)).sum()
+        # With lambda 1 the return is the reward, at every token.
+        loss = loss + 2.0 * 0.5 * (values - reward).square().sum()
+    loss = loss / sum(len(completion) for _, completion, _ in rows(groups))
+    expected = gradient(oracle.model, loss)
+    save_model(run.actors.policy, tmp_path / "after")
+    check_moved_by(expected, oracle.model.state_dict(), Oracle(tmp_path / "after").model.state_dict())
+    assert head.grad is not None
+    check_moved_by({"weight": head.grad}, {"weight": head.detach()}, run.critic_weights())
+
+
 def test_the_score_lands_on_the_stop_token_that_is_not_eos_and_not_on_padding(tiny_folder: Path) -> None:
     """Lambda 0 and a critic of zeros leave an advantage only where a reward is: on the last token that was sampled."""
     stops = tuple(range(3, 200))
@@ -523,6 +547,8 @@ def test_equal_rewards_are_no_signal(tiny_folder: Path) -> None:
     run = setup(
         tiny_folder,
         reward=lambda completion_ids, **_: [0.1] * len(completion_ids),
+        group_size=5,
+        prompts_per_step=6,
         **{**settings, "sampling": Sampling(max_new_tokens=1), "optimizer": OptimizerConfig(lr=1e-2)},
     )
     before = run.policy_weights()

@@ -18,6 +18,7 @@ from strop.rewards.base import WeightedRewards
 from strop.rewards.load import load_reward, load_rewards
 from strop.rewards.model import ModelReward
 from strop.runs import RunFolder, read_lines
+from strop.runs.report import curves, logged_held_out
 from strop.tokenizer import Tokenizer, train_bpe
 from strop.types import Completion, Task, Verdict
 
@@ -230,8 +231,17 @@ def test_the_same_recipe_in_ppo_and_in_grpo(here: Path, stage: str, capsys: pyte
         expected = parts["model"]["score"] + 0.5 * parts["length"]["score"]
         assert sample["reward"] == pytest.approx(expected, abs=1e-5)
     assert len({sample["parts"]["model"]["score"] for sample in samples}) > 4
-    last = list(read_lines(run.path / "metrics.jsonl"))[-1]
-    assert "eval/score" in last and "eval/pass@1" not in last, "no answer is right to a reward model"
+    lines = list(read_lines(run.path / "metrics.jsonl"))
+    assert "eval/score" in lines[-1] and "eval/pass@1" not in lines[-1], "no answer is right to a reward model"
+    held_out = logged_held_out(lines)
+    assert held_out is not None and held_out.metric == "score"
+    titles = {curve.title for curve in curves(lines)}
+    of_ppo = {
+        *("variance of the returns that the critic explains", "value loss", "gradient norm of the critic"),
+        *("KL to the reference, nats per completion", "reward after penalties for KL and missing EOS"),
+    }
+    assert titles & of_ppo == (of_ppo if stage == "ppo" else set())
+    assert {"held-out score", "share of completions without EOS", "share of tokens clipped from above"} <= titles
     assert "rewards.model" in run.info["data_hashes"]
 
     # Another model under the same name would make it another run.
