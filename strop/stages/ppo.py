@@ -108,6 +108,35 @@ def ppo_step(
     batch, counted_B, metrics = make_batch(
         actors.policy, actors.critic, actors.reference, groups, config, kl_coef=position.kl_coef
     )
+    metrics |= learn(actors, position, config, step, batch, counted_B)
+    ended = time.perf_counter()
+    num_tokens = sum(map(len, batch.completions))
+    rollout = rollout_metrics(groups, actors.reward.names)
+    # Groups are no baseline here, and a group of one is always flat.
+    metrics |= {name: value for name, value in rollout.items() if not name.startswith("groups_")}
+    metrics |= {
+        "lr": config.optimizer.lr_at(step - 1, config.num_steps),
+        "num_tokens": num_tokens,
+        "time/step_seconds": ended - started,
+        "time/rollout_seconds": rollout_ended - started,
+        "time/update_seconds": ended - rollout_ended,
+        "time/tokens_per_second": num_tokens / (ended - started),
+    }
+    if config.kl_target is not None and "kl_sequence" in metrics:
+        position.kl_coef = adaptive_kl_coef(
+            position.kl_coef,
+            metrics["kl_sequence"],
+            target=config.kl_target,
+            horizon=config.kl_horizon,
+            num_episodes=sum(counted_B),
+        )
+    return metrics, groups, batch
+
+
+def learn(
+    actors: Actors, position: Position, config: Config, step: int, batch: RolloutBatch, counted_B: Sequence[bool]
+) -> dict[str, float]:
+    """All the updates of one rollout; returns what they logged."""
     averages = Averages()
     shuffle = generator(config.seed, "minibatches", step)
     reports: list[tuple[StepReport, StepReport | None]] = []
@@ -126,31 +155,8 @@ def ppo_step(
             if position.ptx is not None and trains_policy:
                 ptx_losses.append(ptx_backward(actors.policy, position.ptx, config))
             reports.append(update(actors, config, step))
-    ended = time.perf_counter()
-    num_tokens = sum(map(len, batch.completions))
-    rollout = rollout_metrics(groups, actors.reward.names)
-    # Groups are no baseline here, and a group of one is always flat.
-    metrics |= {name: value for name, value in rollout.items() if not name.startswith("groups_")}
-    metrics |= averages.result() | update_metrics(reports)
-    metrics |= {
-        "lr": config.optimizer.lr_at(step - 1, config.num_steps),
-        "num_tokens": num_tokens,
-        "time/step_seconds": ended - started,
-        "time/rollout_seconds": rollout_ended - started,
-        "time/update_seconds": ended - rollout_ended,
-        "time/tokens_per_second": num_tokens / (ended - started),
-    }
-    if ptx_losses:
-        metrics["ptx_loss"] = sum(ptx_losses) / len(ptx_losses)
-    if config.kl_target is not None and "kl_sequence" in metrics:
-        position.kl_coef = adaptive_kl_coef(
-            position.kl_coef,
-            metrics["kl_sequence"],
-            target=config.kl_target,
-            horizon=config.kl_horizon,
-            num_episodes=sum(counted_B),
-        )
-    return metrics, groups, batch
+    metrics = averages.result() | update_metrics(reports)
+    return metrics | ({"ptx_loss": sum(ptx_losses) / len(ptx_losses)} if ptx_losses else {})
 
 
 def ptx_backward(policy: CausalLM, batches: PackedBatches, config: Config) -> float:
