@@ -1,4 +1,4 @@
-"""`strop pretrain | sft | grpo RECIPE.toml`: a recipe, flags over it, one run."""
+"""`strop pretrain | sft | ppo | grpo RECIPE.toml`: a recipe, flags over it, one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from types import ModuleType
 from strop.cli.config import read_toml, read_values, to_toml
 from strop.cli.flags import parse_stage_flags
 
-STAGES = {"pretrain": "strop.stages.pretrain", "sft": "strop.stages.sft", "grpo": "strop.stages.grpo"}
+STAGES = {
+    "pretrain": "strop.stages.pretrain",
+    "sft": "strop.stages.sft",
+    "ppo": "strop.stages.ppo",
+    "grpo": "strop.stages.grpo",
+}
 """Stage name -> the module with its Config and train()."""
 
 

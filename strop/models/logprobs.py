@@ -16,7 +16,21 @@ def packed_logprobs(
 
     The head runs on those positions only and never holds more than a chunk of (R, V).
     """
-    hidden_TD, head_VD = model.hidden_and_head(batch)
+    return label_logprobs(
+        model, model.hidden_and_head(batch), batch, temperature=temperature, with_entropy=with_entropy
+    )
+
+
+def label_logprobs(
+    model: CausalLM,
+    hidden_and_head: tuple[Tensor, Tensor],
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """As packed_logprobs, from hidden states that serve something else as well."""
+    hidden_TD, head_VD = hidden_and_head
     return linear_logprobs(
         hidden_TD[batch.loss_mask_T],
         head_VD,

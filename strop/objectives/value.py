@@ -45,6 +45,19 @@ def value_is_clipped(
     return clipped_BT > (values_BT - returns_BT).square()
 
 
+@torch.no_grad()
+def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -> float:
+    """1 - var(return - value) / var(return) over all counting tokens: 1 is a perfect critic, 0 one that knows no more
+    than a constant, below 0 one that does harm. nan when the returns do not vary.
+
+    Pass the returns that were really earned (gae with lambda 1): the critic's own targets contain its values, which
+    they then seem to explain.
+    """
+    values_N, returns_N = values_BT[mask_BT].double(), returns_BT[mask_BT].double()
+    variance = float(returns_N.var(correction=0))
+    return 1 - float((returns_N - values_N).var(correction=0)) / variance if variance > 0 else float("nan")
+
+
 def _clipped_error(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, clip: float) -> Tensor:
     clipped_BT = torch.clamp(values_BT, old_values_BT - clip, old_values_BT + clip)
     return (clipped_BT - returns_BT).square()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from strop.types import Completion, Task, Verdict
+
+if TYPE_CHECKING:
+    from strop.tokenizer import Tokenizer
 
 NO_VERDICT = Verdict(score=0.0, status="infra_error", detail="the reward has no verdict on this task")
 """Stands for TRL's None. Known by identity; to whoever does not know it, a sample to mask."""
@@ -41,6 +44,18 @@ class ChecksTasks(Protocol):
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:
         """Raises ValueError naming the task's id and what is wrong with it."""
+        ...
+
+
+@runtime_checkable
+class ReadsTokens(Protocol):
+    """A reward that reads sampled tokens, not text, and gives degrees instead of right or wrong: a reward model."""
+
+    def bind(self, tokenizer: Tokenizer, max_length: int) -> None:
+        """Before the first score: the policy's tokenizer, and the most tokens of prompt and completion together.
+
+        Raises ValueError where the reward could not read them.
+        """
         ...
 
 
@@ -90,6 +105,12 @@ class WeightedRewards:
         for reward, _ in self._parts:
             if isinstance(reward, ChecksTasks):
                 reward.check_tasks(tasks)
+
+    def bind(self, tokenizer: Tokenizer, max_length: int) -> None:
+        """Tells every part that reads tokens whose they are (ReadsTokens.bind)."""
+        for reward, _ in self._parts:
+            if isinstance(reward, ReadsTokens):
+                reward.bind(tokenizer, max_length)
 
     def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[ScoredCompletion]:
         """One ScoredCompletion per pair tasks[i], completions[i].

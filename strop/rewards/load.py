@@ -11,6 +11,7 @@ from strop.rewards.base import Reward, WeightedRewards
 from strop.rewards.config import RewardConfig
 from strop.rewards.function import FunctionReward
 from strop.rewards.math import MathReward
+from strop.rewards.model import ModelReward
 from strop.rewards.text import FormatReward, OverlongPenalty, TargetLength
 
 _KINDS: dict[str, Callable[..., Reward]] = {
@@ -18,6 +19,7 @@ _KINDS: dict[str, Callable[..., Reward]] = {
     "format": FormatReward,
     "length": TargetLength,
     "overlong": OverlongPenalty,
+    "model": ModelReward,
 }
 
 _R = TypeVar("_R", bound=Reward)
@@ -45,9 +47,10 @@ def load_rewards(specs: RewardSpec | Sequence[RewardSpec], *, max_infra_error_sh
 def load_reward(spec: RewardSpec) -> Reward:
     """The reward that a recipe names: "math", or a table {name = "math", answer_column = "solution", ...}.
 
-    name is math, format, length, overlong, "package.module:function" or "path/file.py:function"; the other keys are the
-    keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A function is
-    loaded at once, in its process. Raises ValueError naming the nearest known name or option.
+    name is math, format, length, overlong, model, "package.module:function" or "path/file.py:function"; the other keys
+    are the keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A
+    function is loaded at once, in its process; a reward model in this one. Raises ValueError naming the nearest known
+    name or option.
     """
     if isinstance(spec, RewardConfig):
         spec = spec.spec()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+ENGINE_GAP_ALARM = 1.05
+"""Mean of exp(|engine's logprob - trainer's|) per token from which a run warns; 1.02 is usual in bfloat16."""
 
 
 class Averages:
@@ -29,3 +35,20 @@ class Averages:
     def result(self) -> dict[str, float]:
         """Averages and maxima by name; a name without a single counting position is left out."""
         return {name: total / count for name, (total, count) in self._sums.items() if count} | self._maxima
+
+
+def add_engine_gap(averages: Averages, old_BT: Tensor, sampling_BT: Tensor, mask_BT: Tensor) -> None:
+    """How far the engine's logprobs are from the trainer's before the update, which should be the same."""
+    gap_BT = (old_BT - sampling_BT).abs()
+    averages.add("engine_gap", gap_BT, mask_BT)
+    averages.add("engine_gap_exp", gap_BT.exp(), mask_BT)
+    averages.maximum("engine_gap_max", gap_BT, mask_BT)
+
+
+def warn_of_engine_gap(metrics: Mapping[str, float], remedy: str) -> None:
+    """A UserWarning when the gap is too wide to call the samples the policy's."""
+    if metrics.get("engine_gap_exp", 1.0) > ENGINE_GAP_ALARM:
+        warnings.warn(
+            f"the engine's logprobs are far from the trainer's (engine_gap_exp in metrics.jsonl): {remedy}",
+            stacklevel=2,
+        )

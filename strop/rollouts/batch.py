@@ -37,6 +37,10 @@ class RolloutBatch:
     old_logprobs_BT: Tensor | None = None
     """float32, from the trainer before this batch's updates."""
     ref_logprobs_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    """float32, from the critic before this batch's updates: what it expects before the token is sampled."""
+    returns_BT: Tensor | None = None
+    """What the critic should have expected."""
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -144,3 +148,12 @@ def collate_rollouts(
         response_mask_BT=response_mask_BT.to(device),
         sampling_logprobs_BT=sampling_logprobs_BT.to(device),
     )
+
+
+def minibatch_rows(batch: RolloutBatch, num_prompts: int, shuffle: torch.Generator) -> list[list[int]]:
+    """Rows of each update, whole groups in random order; 0 prompts = one update with all rows."""
+    prompts = sorted(set(batch.prompt_of_row))
+    order = [prompts[index] for index in torch.randperm(len(prompts), generator=shuffle).tolist()]
+    size = num_prompts or len(order)
+    parts = [set(order[start : start + size]) for start in range(0, len(order), size)]
+    return [[row for row, prompt in enumerate(batch.prompt_of_row) if prompt in part] for part in parts]

@@ -18,7 +18,7 @@ def token_logprobs(
     Taken at the sampling temperature: otherwise new and sampled logprobs differ before the first update.
     """
     logprobs_R, entropy_R = packed_logprobs(model, batch.packed(), temperature=temperature, with_entropy=with_entropy)
-    return _rectangular(logprobs_R, batch), None if entropy_R is None else _rectangular(entropy_R, batch)
+    return rectangular(logprobs_R, batch), None if entropy_R is None else rectangular(entropy_R, batch)
 
 
 @torch.no_grad()
@@ -33,6 +33,7 @@ def frozen_logprobs(model: CausalLM, batch: RolloutBatch, *, temperature: float,
     return logprobs_BT
 
 
-def _rectangular(values_R: Tensor, batch: RolloutBatch) -> Tensor:
+def rectangular(values_R: Tensor, batch: RolloutBatch) -> Tensor:
+    """One value per counting label of batch.packed(), in its order -> (B, T), 0 where response_mask_BT is False."""
     values_BT = values_R.new_zeros(batch.response_mask_BT.shape)
     return values_BT.masked_scatter(batch.response_mask_BT, values_R)

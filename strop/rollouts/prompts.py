@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from strop.tokenizer import Tokenizer
@@ -50,3 +50,8 @@ def encode_prompts(
 ) -> dict[str, tuple[int, ...]]:
     """Every prompt's tokens by task id. ValueError as encode_prompt, for the first that it refuses."""
     return {task.id: encode_prompt(task, tokenizer, max_new_tokens, max_length) for task in tasks}
+
+
+def longest_prompt(*prompt_ids: Mapping[str, tuple[int, ...]]) -> int:
+    """The most tokens that any of the prompts has."""
+    return max(len(ids) for prompts in prompt_ids for ids in prompts.values())

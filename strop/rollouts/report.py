@@ -45,12 +45,19 @@ def rollout_metrics(groups: Sequence[Group], parts: Sequence[str]) -> dict[str, 
 def sample_rows(
     tokenizer: Tokenizer, groups: Sequence[Group], batch: RolloutBatch, limit: int
 ) -> list[dict[str, object]]:
-    """What samples.jsonl keeps of a step: the first `limit` completions with everything that was said of them."""
+    """What samples.jsonl keeps of a step: the first `limit` completions with everything that was said of them.
+
+    With a critic, advantage is the mean over the completion's tokens, and value what it expected of the prompt.
+    """
     assert batch.advantages_BT is not None
     rows: list[dict[str, object]] = []
     flat = [(group, index) for group in groups for index in range(len(group.completions))]
     for row, (group, index) in enumerate(flat[:limit]):
         completion, score = group.completions[index], group.scores[index]
+        advantages_T = batch.advantages_BT[row, : len(completion.token_ids)]
+        # Without a critic all tokens of a completion have the same.
+        advantage = advantages_T[0] if batch.values_BT is None else advantages_T.mean()
+        value = {} if batch.values_BT is None else {"value": float(batch.values_BT[row, 0])}
         rows.append(
             {
                 "task": group.task.id,
@@ -58,7 +65,8 @@ def sample_rows(
                 "completion": completion.text,
                 "finish_reason": completion.finish_reason,
                 "reward": score.reward if score.is_valid else None,
-                "advantage": float(batch.advantages_BT[row, 0]),
+                "advantage": float(advantage),
+                **value,
                 "parts": {
                     name: {"score": verdict.score, "status": verdict.status, "detail": verdict.detail}
                     for name, verdict in score.parts.items()

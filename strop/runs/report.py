@@ -17,21 +17,35 @@ from strop.runs.folder import RunFolder
 from strop.runs.metrics import read_lines
 from strop.runs.report_page import PAGE
 
-HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss")
+HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score")
 """The first of them that a run logged as eval/NAME stands in the table."""
 
 CURVES = {
     "eval/pass@1": "held-out pass@1",
     "eval/bits_per_byte": "held-out bits per byte",
     "eval/loss": "held-out loss, nats per token",
+    "eval/score": "held-out score",
     "reward": "reward",
+    "reward_penalised": "reward after penalties for KL and missing EOS",
     "loss": "training loss, nats per token",
     "completion_length": "completion length, tokens",
+    "truncated": "share of completions without EOS",
     "groups_flat": "share of groups whose rewards are all equal",
     "entropy": "entropy, nats per token",
     "kl": "KL to the reference, nats per token",
+    "kl_sequence": "KL to the reference, nats per completion",
+    "kl_coef": "KL coefficient",
+    "explained_variance": "variance of the returns that the critic explains",
+    "value_loss": "value loss",
+    "return_mean": "mean return per token",
+    "advantage_std": "standard deviation of the advantages",
+    "clipped_low": "share of tokens clipped from below",
+    "clipped_high": "share of tokens clipped from above",
+    "update_kl": "KL of a rollout's updates, nats per token",
+    "ptx_loss": "language-modelling loss beside PPO's, nats per token",
     "engine_gap": "gap between engine and trainer, nats per token",
     "grad_norm": "gradient norm",
+    "critic_grad_norm": "gradient norm of the critic",
 }
 """Metric -> title, in the order of the page; those that a run did not log are left out."""
 
@@ -132,7 +146,8 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
     found: list[Curve] = []
     for metric, title in CURVES.items():
         logged = [row for row in rows if metric in row]
-        if not logged:
+        # Where answers are right or wrong, their mean score says the same once more.
+        if not logged or (metric == "eval/score" and "eval/pass@1" in logged[0]):
             continue
         has_interval = all(f"{metric}_low" in row and f"{metric}_high" in row for row in logged)
         found.append(

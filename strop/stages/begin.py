@@ -1,10 +1,12 @@
-"""What every stage does before its first step: check its numbers, settle the dtype, keep the tokenizer."""
+"""What stages do before their first step: check numbers, settle the dtype, keep the tokenizer, find reward models."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from strop.models import CausalLM, Decoder, LoraConfig, choose_dtype, load_model
 from strop.models.adapters import add_adapter, check_same_config
 from strop.models.precision import DTYPES, fastest, measure_dtypes
 from strop.optim import OptimizerConfig
-from strop.runs import Start, derive_seed
+from strop.rewards.config import RewardConfig
+from strop.runs import Start, derive_seed, resolve
 from strop.runs.files import sync
 from strop.tokenizer import Tokenizer
 
@@ -100,3 +103,24 @@ def kept_tokenizer(start: Start, make: Callable[[], Tokenizer]) -> Tokenizer:
             sync(file)
         partial.rename(folder)
     return Tokenizer.load(folder)
+
+
+def located_rewards(
+    rewards: Sequence[RewardConfig], runs_dir: Path, device: str
+) -> tuple[list[RewardConfig], dict[str, str]]:
+    """The rewards with the folder of every reward model in place of RUN[/STEP], and the content hashes of those models.
+
+    The hashes belong to run.json's data_hashes: a run that resumed with another reward model would be another run.
+    """
+    located: list[RewardConfig] = []
+    hashes: dict[str, str] = {}
+    for reward in rewards:
+        model = reward.options.get("model")
+        if reward.name == "model" and isinstance(model, str):
+            checkpoint = resolve(model, runs_dir)
+            hashes[f"rewards.{reward.label or reward.name}"] = checkpoint.content_hash
+            reward = dataclasses.replace(
+                reward, options={"device": device, **reward.options, "model": str(checkpoint.path)}
+            )
+        located.append(reward)
+    return located, hashes

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 
 from strop.data import TaskBatches, load_rows, tasks_from_rows
-from strop.evals.tasks import evaluate_tasks
 from strop.generation import Engine
 from strop.models import CausalLM, Decoder, load_model, save_model
 from strop.models.adapters import adapter_parts, is_adapter
@@ -40,21 +38,19 @@ from strop.objectives.policy_gradient import (
 from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rewards.base import WeightedRewards
 from strop.rewards.load import load_rewards
-from strop.rollouts.averages import Averages
-from strop.rollouts.batch import RolloutBatch, collate_rollouts
+from strop.rollouts.averages import Averages, warn_of_engine_gap
+from strop.rollouts.batch import RolloutBatch, collate_rollouts, minibatch_rows
 from strop.rollouts.groups import Group, roll_out
 from strop.rollouts.logprobs import frozen_logprobs
-from strop.rollouts.prompts import encode_prompts
+from strop.rollouts.prompts import encode_prompts, longest_prompt
 from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
-from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
+from strop.stages import held_out
+from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer, located_rewards
 from strop.stages.grpo_config import Config
 from strop.stages.grpo_loss import micro_loss
 from strop.tokenizer import Tokenizer
 from strop.types import Task
-
-ENGINE_GAP_ALARM = 1.05
-"""Mean of exp(|engine's logprob - trainer's|) per token from which a run warns; 1.02 is usual in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +190,6 @@ def compute_advantages(rewards_PG: Tensor, valid_PG: Tensor, config: Config) -> 
     return group_advantages(rewards_PG, valid_PG, scale=config.advantage_scale)
 
 
-def minibatch_rows(batch: RolloutBatch, num_prompts: int, shuffle: torch.Generator) -> list[list[int]]:
-    """Rows of each update, whole groups in random order; 0 prompts = one update with all rows."""
-    prompts = sorted(set(batch.prompt_of_row))
-    order = [prompts[index] for index in torch.randperm(len(prompts), generator=shuffle).tolist()]
-    size = num_prompts or len(order)
-    parts = [set(order[start : start + size]) for start in range(0, len(order), size)]
-    return [[row for row, prompt in enumerate(batch.prompt_of_row) if prompt in part] for part in parts]
-
-
 def learning_rows(batch: RolloutBatch, rows: Sequence[int], config: Config) -> list[int]:
     """Those rows that have a gradient. An advantage of 0 has none, unless a KL or entropy term gives it one.
 
@@ -216,17 +203,16 @@ def learning_rows(batch: RolloutBatch, rows: Sequence[int], config: Config) -> l
 
 
 def evaluate(actors: Actors, tasks: Sequence[Task], config: Config) -> dict[str, float]:
-    """Held-out figures of the first reward, as eval/NAME. The seed is always the same: only the policy changes."""
-    report = evaluate_tasks(
+    """Held-out figures of the first reward, always with the same seed."""
+    return held_out.evaluate(
         actors.engine,
         actors.tokenizer,
         tasks,
-        actors.reward.first,
-        sampling=config.sampling.params(actors.tokenizer),
+        actors.reward,
+        sampling=config.sampling,
         num_samples=config.eval.num_samples,
         seed=derive_seed(config.seed, "eval"),
     )
-    return {f"eval/{name}": value for name, value in report.metrics.items()}
 
 
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
@@ -236,10 +222,11 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     hashes = {"tasks": task_rows.content_hash} | ({"eval": eval_rows.content_hash} if eval_rows is not None else {})
     train_tasks = tasks_from_rows(task_rows)
     eval_tasks = tasks_from_rows(eval_rows)[: config.eval.max_tasks] if eval_rows is not None else []
-    with load_rewards(config.rewards) as reward:
+    rewards, reward_hashes = located_rewards(config.rewards, runs_dir, config.device)
+    with load_rewards(rewards) as reward:
         reward.check_tasks([*train_tasks, *eval_tasks])
         start = start_run(
-            runs_dir, name, stage="grpo", config=config, init_from=config.init_from, data_hashes=hashes,
+            runs_dir, name, stage="grpo", config=config, init_from=config.init_from, data_hashes=hashes | reward_hashes,
             seed=config.seed, resume=resume, keeps_parent=config.kl_coef != 0,
         )  # fmt: skip
         with start, Interrupt() as interrupt:
@@ -263,7 +250,8 @@ def _train(
     reference = load_reference(start, policy, dtype, config) if config.kl_coef else None
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(train_tasks, tokenizer, config.sampling.max_new_tokens, limit)
-    encode_prompts(eval_tasks, tokenizer, config.sampling.max_new_tokens, limit)
+    eval_ids = encode_prompts(eval_tasks, tokenizer, config.sampling.max_new_tokens, limit)
+    reward.bind(tokenizer, longest_prompt(prompt_ids, eval_ids) + config.sampling.max_new_tokens)
     tasks = TaskBatches(train_tasks, batch_size=1, seed=derive_seed(config.seed, "tasks"))
     actors = Actors(
         policy=policy,
@@ -292,12 +280,7 @@ def _train(
                     f"step {step}: {error}. If the checkpoint that the run started from is sound, the updates "
                     "broke it: lower optimizer.lr or lengthen the warm-up"
                 ) from error
-            if metrics.get("engine_gap_exp", 1.0) > ENGINE_GAP_ALARM:
-                warnings.warn(
-                    "the engine's logprobs are far from the trainer's (engine_gap_exp in metrics.jsonl): set "
-                    'importance_correction = "token_truncate", or dtype = "float32"',
-                    stacklevel=2,
-                )
+            warn_of_engine_gap(metrics, 'set importance_correction = "token_truncate", or dtype = "float32"')
             run.log(step, metrics | {"epoch": tasks.epoch})
             run.log_samples(step, sample_rows(actors.tokenizer, groups, batch, config.samples_per_step))
             skipped.record(

@@ -11,20 +11,7 @@ from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
 from strop.stages.begin import at_least, check_optimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Held-out pass@1 of the first reward, before the first step, while training and after the last."""
-
-    tasks: str = ""
-    """A source of tasks as `tasks`; empty = no evaluation."""
-    every: int = 50
-    """Steps between evaluations."""
-    max_tasks: int = 200
-    """Only the first so many."""
-    num_samples: int = 1
-    """Answers per task, at the training temperature."""
+from strop.stages.held_out import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from strop.objectives.policy_gradient import (
     sapo_loss,
     truncated_importance_weights,
 )
-from strop.rollouts.averages import Averages
+from strop.rollouts.averages import Averages, add_engine_gap
 from strop.rollouts.batch import RolloutBatch
 from strop.rollouts.logprobs import token_logprobs
 from strop.stages.grpo_config import Config
@@ -108,7 +108,4 @@ def update_metrics(
         averages.add("clipped_high", ratio_BT > 1 + config.clip_high, mask_BT)
     if config.dual_clip is not None:
         averages.add("clipped_dual", (ratio_BT > config.dual_clip) & (micro.advantages_BT < 0), mask_BT)
-    gap_BT = (old_BT - micro.sampling_logprobs_BT).abs()
-    averages.add("engine_gap", gap_BT, mask_BT)
-    averages.add("engine_gap_exp", gap_BT.exp(), mask_BT)
-    averages.maximum("engine_gap_max", gap_BT, mask_BT)
+    add_engine_gap(averages, old_BT, micro.sampling_logprobs_BT, mask_BT)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from strop.data import Examples, PackedBatches, load_rows, sft_examples
+from strop.data import PackedBatches, load_rows, sft_examples
 from strop.models import LoraConfig, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, derive_seed, start_run
 from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
-from strop.stages.supervised import mean_loss, restore, save_failed_batch, supervised_step
+from strop.stages.supervised import check_lengths, mean_loss, restore, save_failed_batch, supervised_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +129,3 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
                 if is_stopped and not is_last:
                     interrupt.exit()
     return start.run.path
-
-
-def check_lengths(examples: Examples, max_positions: int) -> None:
-    """ValueError naming the first example that is longer than the model has positions."""
-    for example in examples:
-        if example.num_labels > max_positions:
-            raise ValueError(
-                f"{example.where}: {example.num_labels} label positions, but the model has only {max_positions}: lower "
-                f"max_length to {max_positions}, and say with on_too_long what becomes of longer examples"
-            )

@@ -1,4 +1,4 @@
-"""What pre-training and SFT share: the same cross entropy, on every token or on the completion's only."""
+"""What pre-training, SFT and PPO-ptx share: the same cross entropy, on every token or on the completion's only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from strop.data import PackedBatches, PretrainBatches, split_packed
+from strop.data import Examples, PackedBatches, PretrainBatches, split_packed
 from strop.models.interface import CausalLM
 from strop.models.logprobs import packed_logprobs
 from strop.objectives.aggregate import masked_sum
@@ -32,6 +32,23 @@ def supervised_step(
     Micro-batches bound the memory and leave the result as it is: they share the one denominator.
     """
     started = time.perf_counter()
+    loss = backward_mean_loss(model, batch, micro_batch_tokens=micro_batch_tokens)
+    report = optimizer_step(optimizer, lr=lr, max_grad_norm=max_grad_norm)
+    seconds = time.perf_counter() - started
+    return {
+        "loss": loss,
+        "grad_norm": report.grad_norm,
+        "lr": lr,
+        "skipped": float(report.is_skipped),
+        "num_tokens": len(batch.token_ids_T),
+        "num_labels": int(batch.loss_mask_T.sum()),
+        "time/step_seconds": seconds,
+        "time/tokens_per_second": len(batch.token_ids_T) / seconds,
+    }
+
+
+def backward_mean_loss(model: CausalLM, batch: PackedBatch, *, micro_batch_tokens: int, coef: float = 1.0) -> float:
+    """Nats per counting label of the batch; adds coef times its gradient to the model's, without an update."""
     num_labels = int(batch.loss_mask_T.sum())
     loss_sum = 0.0
     for micro in split_packed(batch, micro_batch_tokens):
@@ -39,20 +56,9 @@ def supervised_step(
             continue
         logprobs_R, _ = packed_logprobs(model, micro.to(model.device))
         loss = masked_sum(-logprobs_R, torch.ones_like(logprobs_R, dtype=torch.bool), num_labels)
-        loss.backward()
+        (loss if coef == 1.0 else coef * loss).backward()
         loss_sum += float(loss.detach())
-    report = optimizer_step(optimizer, lr=lr, max_grad_norm=max_grad_norm)
-    seconds = time.perf_counter() - started
-    return {
-        "loss": loss_sum,
-        "grad_norm": report.grad_norm,
-        "lr": lr,
-        "skipped": float(report.is_skipped),
-        "num_tokens": len(batch.token_ids_T),
-        "num_labels": num_labels,
-        "time/step_seconds": seconds,
-        "time/tokens_per_second": len(batch.token_ids_T) / seconds,
-    }
+    return loss_sum
 
 
 @torch.no_grad()
@@ -85,3 +91,13 @@ def save_failed_batch(run_folder: Path, batch: PackedBatch) -> Path:
         path,
     )
     return path
+
+
+def check_lengths(examples: Examples, max_positions: int) -> None:
+    """ValueError naming the first example that is longer than the model has positions."""
+    for example in examples:
+        if example.num_labels > max_positions:
+            raise ValueError(
+                f"{example.where}: {example.num_labels} label positions, but the model has only {max_positions}: lower "
+                f"max_length to {max_positions}, and say with on_too_long what becomes of longer examples"
+            )

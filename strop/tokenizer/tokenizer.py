@@ -128,6 +128,11 @@ class Tokenizer:
         )
         return hashlib.blake2b("\0".join(content).encode(), digest_size=16).hexdigest()
 
+    def has_same_ids(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same token in both: a model of the one can read what the other made."""
+        mine, theirs = (one._backend.get_vocab(with_added_tokens=True) for one in (self, other))
+        return mine == theirs
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Returns the ids of a text, never truncated. With add_special_tokens, what the tokenizer surrounds it with."""
         return self._encoding(text, add_special_tokens).ids

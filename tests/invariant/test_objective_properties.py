@@ -715,3 +715,14 @@ def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_answer(num_correct: i
 def test_impossible_arguments_are_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_explained_variance_is_1_for_a_prophet_0_for_a_constant_and_negative_for_a_liar() -> None:
+    returns = draw(seeded(3), 4, 6)
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
+    junk = torch.where(mask, returns, math.nan)
+    assert value.explained_variance(junk, junk, mask) == 1.0
+    assert value.explained_variance(junk + 7.0, junk, mask) == pytest.approx(1.0), "a constant error is no variance"
+    assert value.explained_variance(torch.full_like(returns, 0.3), junk, mask) == pytest.approx(0.0)
+    assert value.explained_variance(-junk, junk, mask) == pytest.approx(-3.0)
+    assert math.isnan(value.explained_variance(junk, torch.ones_like(junk), mask))

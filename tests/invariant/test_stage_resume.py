@@ -27,7 +27,7 @@ from strop.cli.main import main
 torch.set_num_threads(1)
 os.environ["STROP_PROGRESS"] = "off"
 RECIPE = sys.argv[1]
-STAGE = RECIPE.removesuffix("_lora")
+STAGE = RECIPE.split("-")[0]
 module = importlib.import_module(f"strop.stages.{STAGE}")
 CALL = [STAGE, f"{RECIPE}.toml"]
 
@@ -143,7 +143,46 @@ eval = { tasks = "tasks.jsonl", every = 4 }
 """
 SFT_LORA = SFT + "lora = { rank = 2 }\n"
 GRPO_LORA = GRPO.replace('dtype = "float32"', 'dtype = "bfloat16"') + "lora = { rank = 2, rslora = true }\n"
-RECIPES = {"pretrain": PRETRAIN, "sft": SFT, "grpo": GRPO, "sft_lora": SFT_LORA, "grpo_lora": GRPO_LORA}
+PPO = """
+from = "tiny"
+tasks = "tasks.jsonl"
+num_steps = 9
+prompts_per_step = 4
+group_size = 2
+minibatch_prompts = 2
+epochs_per_rollout = 2
+missing_eos = "subtract"
+whiten_rewards = true
+kl_target = 0.01
+kl_horizon = 40
+save_every = 4
+sampling = { max_new_tokens = 5, stop = ["a", "e", "o", "t", "u", "n", "r", "i", "h"] }
+optimizer = { lr = 3e-3, schedule = "linear" }
+eval = { tasks = "tasks.jsonl", every = 4 }
+ptx = { data = "sft.jsonl", max_length = 32, batch_tokens = 64 }
+"""
+PPO_OWN = """
+rewards = [
+    { name = "model", options = { model = "rm" } },
+    { name = "length", options = { target_tokens = 3, width = 3 } },
+]
+dtype = "bfloat16"
+critic = { start = "rm", lr = 1e-2, warmup_steps = 2 }
+"""
+PPO_SHARED = """
+rewards = [{ name = "length", options = { target_tokens = 3, width = 3 } }]
+dtype = "bfloat16"
+critic = { network = "shared" }
+"""
+RECIPES = {
+    "pretrain": PRETRAIN,
+    "sft": SFT,
+    "grpo": GRPO,
+    "sft-lora": SFT_LORA,
+    "grpo-lora": GRPO_LORA,
+    "ppo": PPO + PPO_OWN,
+    "ppo-shared": PPO + PPO_SHARED,
+}
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -166,6 +205,8 @@ def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: py
     (root / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     for name, recipe in RECIPES.items():
         (root / f"{name}.toml").write_text(recipe)
+    if request.param == "ppo":
+        save_reward_model(tiny_folder, root / "rm")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, request.param],
@@ -179,6 +220,18 @@ def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: py
     return root / "runs"
 
 
+def save_reward_model(tiny_folder: Path, folder: Path) -> None:
+    from strop.models import load_model
+    from strop.models.heads import add_scalar_head, save_scalar_model
+    from strop.tokenizer import Tokenizer
+
+    save_scalar_model(add_scalar_head(load_model(tiny_folder), seed=3), folder)  # type: ignore[arg-type]
+    Tokenizer.load(tiny_folder).save(folder)
+    config = json.loads((folder / "config.json").read_text())
+    scale = {"reward_mean": 0.1, "reward_std": 2.0}
+    (folder / "config.json").write_text(json.dumps({**config, "strop_reward": scale}))
+
+
 def last(runs_dir: Path, name: str) -> Checkpoint:
     checkpoint = RunFolder.open(runs_dir, name).latest_checkpoint()
     assert checkpoint is not None and checkpoint.step == 9
@@ -188,10 +241,12 @@ def last(runs_dir: Path, name: str) -> Checkpoint:
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_the_end_is_that_of_the_uninterrupted_run_to_the_last_byte(runs: Path, how: str) -> None:
     whole, other = last(runs, "whole"), last(runs, how)
-    files = sorted(path.name for path in whole.path.iterdir())
-    assert sorted(path.name for path in other.path.iterdir()) == files
+    files, others = (
+        sorted(path.relative_to(one.path) for path in one.path.rglob("*") if path.is_file()) for one in (whole, other)
+    )
+    assert others == files
     for name in files:
-        assert (other.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+        assert (other.path / name).read_bytes() == (whole.path / name).read_bytes(), str(name)
     lines = list(read_lines(runs / "whole/metrics.jsonl", with_clock=False))
     assert list(read_lines(runs / how / "metrics.jsonl", with_clock=False)) == lines
     assert (runs / how / "samples.jsonl").read_bytes() == (runs / "whole/samples.jsonl").read_bytes()
@@ -209,8 +264,21 @@ def test_there_was_something_to_lose(runs: Path) -> None:
     position = state.get("batches") or state["tasks"]
     assert (position["epoch"], position["batch"]) != (0, 0)
     lines = [line for line in read_lines(runs / "whole/metrics.jsonl") if line["step"]]
-    assert len({line["grad_norm"] for line in lines}) == 9
-    if "tasks" in state:
+    assert len({line["grad_norm"] for line in lines}) >= 8  # PPO's critic has its first two steps for itself
+    if "kl_coef" in state:
+        assert len({line["kl_coef"] for line in lines}) > 5
+        assert state["ptx"]["epoch"] > 0
+        critic = last(runs, "whole").path / "critic"
+        if (critic / "value_head.safetensors").is_file():
+            assert load_file(critic / "value_head.safetensors")["weight"].any()
+            assert "exp_avg.value_head.weight" in tensors
+        else:
+            assert len({line["critic_grad_norm"] for line in lines}) == 9
+            assert any(name.startswith("critic.master.") for name in tensors)
+            early = load_file(runs / "whole/checkpoints/step-000008/critic/model.safetensors")
+            late = load_file(critic / "model.safetensors")
+            assert any(not torch.equal(value, late[name]) for name, value in early.items())
+    elif "tasks" in state:
         assert any(name.startswith("reference.") for name in tensors)
         assert any(line["groups_sampled"] > line["groups"] for line in lines), "no group was ever replaced"
         assert (runs / "whole/samples.jsonl").stat().st_size > 0

@@ -153,6 +153,13 @@ def test_several_runs_have_a_row_and_a_section_each_and_name_their_parents(tmp_p
     assert len(ids) == len(set(ids)), "charts that share a name could take one another's clip paths"
 
 
+def test_the_score_of_answers_that_are_right_or_wrong_is_not_drawn_a_second_time():
+    rows = [{"step": step, "eval/score": 0.5, "eval/pass@1": 0.5, "eval/pass@1_low": 0.4} for step in (0, 9)]
+    assert [curve.title for curve in curves(rows)] == ["held-out pass@1"]
+    of_a_reward_model = [{"step": row["step"], "eval/score": row["eval/score"]} for row in rows]
+    assert [curve.title for curve in curves(of_a_reward_model)] == ["held-out score"]
+
+
 def test_the_first_and_the_last_step_are_shown_with_their_verdicts(tmp_path: Path):
     def row(prompt: str, completion: str, reward: float | None) -> dict[str, Any]:
         parts = {"math": {"score": reward or 0.0, "status": "ok" if reward else "wrong", "detail": ""}}

@@ -50,7 +50,8 @@ dtype = "float32"
 sampling = { max_new_tokens = 4 }
 optimizer = { lr = 1e-3 }
 """
-RECIPES = {"pretrain": PRETRAIN, "sft": SFT, "grpo": GRPO}
+PPO = GRPO  # only the stage differs
+RECIPES = {"pretrain": PRETRAIN, "sft": SFT, "grpo": GRPO, "ppo": PPO}
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def change(recipe: str, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo", "ppo"])
 def test_the_recipes_of_this_file_work_as_they_are(here: Path, stage: str) -> None:
     assert main([stage, f"{stage}.toml"]) == 0
     assert RunFolder.open("runs", stage).info["status"] == "finished"
@@ -100,8 +101,11 @@ def empty_file(stage: str, file: Path) -> str:
     return f"{file}: the file is empty"
 
 
+STAGES_AND_FILES = [("pretrain", "corpus.txt"), ("sft", "sft.jsonl"), ("grpo", "tasks.jsonl"), ("ppo", "tasks.jsonl")]
+
+
 @pytest.mark.parametrize("damage", [no_file, empty_file])
-@pytest.mark.parametrize(("stage", "file"), [("pretrain", "corpus.txt"), ("sft", "sft.jsonl"), ("grpo", "tasks.jsonl")])
+@pytest.mark.parametrize(("stage", "file"), STAGES_AND_FILES)
 def test_missing_and_empty_files(
     here: Path, capsys: pytest.CaptureFixture[str], stage: str, file: str, damage: Callable[[str, Path], str]
 ) -> None:
@@ -109,7 +113,7 @@ def test_missing_and_empty_files(
     assert expected in refused(capsys, stage, f"{stage}.toml")
 
 
-@pytest.mark.parametrize(("stage", "file"), [("sft", "sft.jsonl"), ("grpo", "tasks.jsonl")])
+@pytest.mark.parametrize(("stage", "file"), STAGES_AND_FILES[1:])
 def test_bad_rows_are_named_by_file_and_line(
     here: Path, capsys: pytest.CaptureFixture[str], stage: str, file: str
 ) -> None:
@@ -160,7 +164,7 @@ def test_sample_prompts_are_looked_at_before_the_first_step(here: Path, capsys: 
     assert "sample_prompts[1] has" in message
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "grpo", "ppo"])
 def test_a_tokenizer_that_does_not_fit_the_model(here: Path, capsys: pytest.CaptureFixture[str], stage: str) -> None:
     from strop.tokenizer import train_bpe
 
@@ -198,6 +202,11 @@ def test_a_tokenizer_that_does_not_fit_the_model(here: Path, capsys: pytest.Capt
         ("grpo", ["--group-size", "1"], 'advantage = "group" needs group_size >= 2'),
         ("grpo", ["--sampling.max-new-tokens", "0"], "sampling.max_new_tokens=0 must be at least 1"),
         ("grpo", ["--num-slots", "0"], "num_slots=0 must be at least 1"),
+        ("ppo", ["--critic.value-coef", "1"], "critic.value_coef weighs the losses of a shared trunk"),
+        ("ppo", ["--critic.start", "tinny"], "'tinny' is neither a run, a run/step, nor a folder with a config.json"),
+        ("ppo", ["--ptx.data", "absent.jsonl"], "absent.jsonl does not exist"),
+        ("ppo", ["--ptx.data", "sft.jsonl", "--ptx.max-length", "4"], "sft.jsonl:1: "),
+        ("ppo", ["--gamma", "2"], "gamma=2.0 must lie between 0 and 1"),
     ],
 )
 def test_sizes_that_cannot_work(
@@ -206,7 +215,7 @@ def test_sizes_that_cannot_work(
     assert expected in refused(capsys, stage, f"{stage}.toml", *flags)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo", "ppo"])
 def test_unknown_keys_name_the_nearest(here: Path, capsys: pytest.CaptureFixture[str], stage: str) -> None:
     path = Path(f"{stage}.toml")
     path.write_text("num_step = 3\n" + path.read_text())
@@ -244,11 +253,72 @@ def test_a_resume_goes_on_when_the_parent_is_gone_unless_it_is_the_reference(
 ) -> None:
     assert main(["grpo", "grpo.toml"]) == 0
     assert main(["grpo", "grpo.toml", "--name", "with-kl", "--kl-coef", "0.1"]) == 0
+    assert main(["ppo", "ppo.toml", "--name", "ppo-with-kl"]) == 0
+    assert main(["ppo", "ppo.toml", "--kl-coef", "0"]) == 0
     shutil.move("tiny", "elsewhere")
     assert main(["grpo", "grpo.toml", "--resume", "--num-steps", "3"]) == 0
     capsys.readouterr()
     assert main(["grpo", "grpo.toml", "--name", "with-kl", "--kl-coef", "0.1", "--resume", "--num-steps", "3"]) == 2
     assert "tiny" in capsys.readouterr().err
+    assert main(["ppo", "ppo.toml", "--kl-coef", "0", "--resume", "--num-steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(["ppo", "ppo.toml", "--name", "ppo-with-kl", "--resume", "--num-steps", "3"]) == 2
+    assert "tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_ppos_checkpoint_is_a_policy_with_its_critic_in_a_folder_of_its_own(here: Path, stage: str) -> None:
+    """Both open in transformers; the next stage starts from the policy, and a next PPO's critic from the critic."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    flags = ["--kl-coef", "0", "--critic.lr", "1e-2"]
+    assert main(["ppo", "ppo.toml", *flags]) == 0
+    checkpoint = RunFolder.open("runs", "ppo").latest_checkpoint()
+    assert checkpoint is not None
+    _, info = AutoModelForCausalLM.from_pretrained(checkpoint.path, output_loading_info=True)
+    assert not any(info.values()), info
+    critic, info = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint.path / "critic", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert critic.score.weight.any(), "the head began as zeros and has learned"
+    AutoTokenizer.from_pretrained(checkpoint.path)
+    manifest = json.loads((checkpoint.path / "checkpoint.json").read_text())
+    assert "critic/model.safetensors" in manifest["files"]
+
+    start = [] if stage == "grpo" else ["--critic.start", str(checkpoint.path / "critic")]
+    assert main([stage, f"{stage}.toml", "--from", "ppo", "--name", "next", *start]) == 0
+    run = RunFolder.open("runs", "next")
+    assert run.info["parent"]["run"] == "ppo"
+    if stage == "ppo":
+        assert run.info["critic"].startswith("own network, from the reward model")
+        first = next(line for line in read_lines(run.path / "metrics.jsonl") if line["step"] == 1)
+        assert first["value_mean"] != 0.0
+
+
+def test_run_json_says_which_critic_it_was(here: Path) -> None:
+    shutil.copytree("tiny", "other")
+    for name, flags, expected in (
+        ("policy", [], "own network, from the policy's weights and a head of zeros"),
+        ("model", ["--critic.start", "other"], "own network, from the language model other ("),
+        ("shared", ["--critic.network", "shared"], "value head on the policy's trunk, from zeros"),
+    ):
+        assert main(["ppo", "ppo.toml", "--name", name, *flags]) == 0
+        assert RunFolder.open("runs", name).info["critic"].startswith(expected)
+
+
+def test_a_critic_that_reads_other_words_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from strop.tokenizer import train_bpe
+
+    shutil.copytree("tiny", "other")
+    train_bpe(["completely different words make other tokens"], 290).save("other")
+    message = refused(capsys, "ppo", "ppo.toml", "--critic.start", "other")
+    assert "critic.start: the tokenizer of other is not the policy's" in message
+    config = json.loads(Path("other/config.json").read_text())
+    shutil.copytree("tiny", "short")
+    Path("short/config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    message = refused(capsys, "ppo", "ppo.toml", "--critic.start", "short")
+    assert "short has 64 positions, fewer than the policy's 128" in message
 
 
 REWARD = """
@@ -338,27 +408,30 @@ def test_a_gradient_that_is_not_finite_is_refused_counted_and_stops_the_run(
     assert load_training_state(checkpoint)[1]["skipped"] == {"total": 2, "in_a_row": 2}
 
 
-def test_grpo_says_that_its_weights_are_damaged_and_saves_a_rollout_whose_gradient_overflows(
-    here: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("stage", "plain"), [("grpo", 'advantage_scale = "none"'), ("ppo", "whiten_advantages = false")]
+)
+def test_rl_says_that_its_weights_are_damaged_and_saves_a_rollout_whose_gradient_overflows(
+    here: Path, capsys: pytest.CaptureFixture[str], stage: str, plain: str
 ) -> None:
     Path("my_reward.py").write_text(
         "def huge(completions, **_): return [3e38 * (i % 2) for i in range(len(completions))]\n"
     )
-    text = Path("grpo.toml").read_text()
-    rewards = 'rewards = [{ name = "my_reward.py:huge" }]\nadvantage_scale = "none"'
-    Path("grpo.toml").write_text(
+    text = Path(f"{stage}.toml").read_text()
+    rewards = 'rewards = [{ name = "my_reward.py:huge" }]\n' + plain
+    Path(f"{stage}.toml").write_text(
         "\n".join(rewards if line.startswith("rewards") else line for line in text.splitlines())
     )
     flags = ["--num-steps", "9", "--optimizer.max-skipped-steps", "2"]
-    assert main(["grpo", "grpo.toml", *flags]) == 1
+    assert main([stage, f"{stage}.toml", *flags]) == 1
     assert "2 steps in a row had a non-finite gradient" in capsys.readouterr().err
-    rows = [json.loads(line) for line in Path("runs/grpo/failed_batch.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(f"runs/{stage}/failed_batch.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert {row["reward"] for row in rows} == {0.0, 3e38}
     assert all(row["prompt"].startswith("the quick") for row in rows)
 
     with_weight(float("inf"))
-    assert main(["grpo", "grpo.toml", "--name", "damaged"]) == 1
+    assert main([stage, f"{stage}.toml", "--name", "damaged"]) == 1
     message = capsys.readouterr().err
     assert "step 1: " in message and "logits are not finite" in message and "lower optimizer.lr" in message
 
@@ -395,7 +468,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_and_the_run_goes_on_from_th
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "grpo", "ppo"])
 def test_a_ctrl_c_that_comes_just_after_the_save_stops_after_the_next_one(
     here: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
