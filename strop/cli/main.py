@@ -15,6 +15,7 @@ usage: strop COMMAND ...        strop COMMAND --help lists its flags
 train (each writes a run folder, runs/NAME)
   pretrain RECIPE.toml          next-token training from scratch or from a checkpoint; not RL
   sft      RECIPE.toml          supervised fine-tuning on examples of good answers; not RL
+  reward-model RECIPE.toml      a scalar head that learns which answers people prefer; not RL
   grpo     RECIPE.toml          reinforcement learning: sample a group, score it, reinforce what beats the group
       --from RUN[/STEP]|FOLDER  checkpoint to start from     --name NAME       name of the run (the recipe's name)
       --FIELD VALUE             any field of the recipe      --runs-dir DIR    folder of all runs (runs)
@@ -39,6 +40,7 @@ STROP_DEBUG=1 shows the traceback of an error.
 COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
+    "reward-model": "stages",
     "grpo": "stages",
     "pipeline": "pipeline",
     "eval": "evaluate",

@@ -1,4 +1,4 @@
-"""`strop pretrain | sft | grpo RECIPE.toml`: a recipe, flags over it, one run."""
+"""`strop pretrain | sft | reward-model | grpo RECIPE.toml`: a recipe, flags over it, one run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from types import ModuleType
 from strop.cli.config import read_toml, read_values, to_toml
 from strop.cli.flags import parse_stage_flags
 
-STAGES = {"pretrain": "strop.stages.pretrain", "sft": "strop.stages.sft", "grpo": "strop.stages.grpo"}
+STAGES = {
+    "pretrain": "strop.stages.pretrain",
+    "sft": "strop.stages.sft",
+    "reward-model": "strop.stages.reward_model",
+    "grpo": "strop.stages.grpo",
+}
 """Stage name -> the module with its Config and train()."""
 
 
@@ -29,7 +34,8 @@ def run(command: str, args: Sequence[str]) -> int:
         return 0
     folder = stage.train(call.config, name=call.name, runs_dir=call.runs_dir, resume=call.resume)
     where = "" if call.runs_dir == Path("runs") else f" --runs-dir {call.runs_dir}"
-    print(f"{folder}  (talk to it: strop chat {folder.name}{where})")
+    hint = f"strop runs report {folder.name}" if command == "reward-model" else f"talk to it: strop chat {folder.name}"
+    print(f"{folder}  ({hint}{where})")
     return 0
 
 

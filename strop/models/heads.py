@@ -33,6 +33,9 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.source_config: dict[str, Any] | None = None
         self.source_generation_config: dict[str, Any] | None = None
+        self.score_mean, self.score_std = 0.0, 1.0
+        """Of the scores of reference completions, kept in config.json: a score says nothing without them, since
+        preferences leave an offset open. What the head computes, here and in transformers, is the score before them."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,6 +48,15 @@ class ScalarModel(nn.Module):
     def scores_T(self, batch: PackedBatch) -> Tensor:
         """float32, shape (T,): the score of the text up to and including each packed token."""
         return (self.backbone.hidden(batch) @ self.score.weight[0]).float()
+
+    def scores_R(self, batch: PackedBatch) -> Tensor:
+        """Shape (R,), float32 at least: the scores at the True positions of loss_mask_T (data.pack_scored marks ends).
+
+        The product is taken in float32: rounded to bfloat16, scores near 4 would come in steps of 1/32.
+        """
+        hidden_RD = self.backbone.hidden(batch)[batch.loss_mask_T]
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        return hidden_RD.to(wide) @ self.score.weight[0].to(wide)
 
 
 def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
@@ -60,14 +72,23 @@ def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
     return scalar
 
 
+def is_scalar_folder(folder: str | Path) -> bool:
+    """Whether a model folder holds a sequence classifier, and not a language model."""
+    architectures = read_json(Path(folder) / "config.json").get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
+
+
 def load_scalar_model(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", frozen: bool = False
 ) -> ScalarModel:
     """The value or reward model in a sequence-classification folder; arguments and errors as load_model."""
     folder = Path(folder)
     check_folder(folder)
-    config = config_from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    model = read_module(ScalarModel, config, folder, dtype=dtype, device=device)
+    raw = read_json(folder / "config.json")
+    model = read_module(
+        ScalarModel, config_from_dict(raw, str(folder / "config.json")), folder, dtype=dtype, device=device
+    )
+    model.score_mean, model.score_std = float(raw.get("score_mean", 0.0)), float(raw.get("score_std", 1.0))
     if frozen:
         model.requires_grad_(False).eval()
     return model
@@ -88,7 +109,12 @@ def save_scalar_model(
         model.config,
         folder,
         task="SequenceClassification",
-        extra_config={"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+        extra_config={
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+            "score_mean": model.score_mean,
+            "score_std": model.score_std,
+        },
         weights=weights,
         max_shard_bytes=max_shard_bytes,
     )

@@ -27,7 +27,8 @@ from strop.cli.main import main
 torch.set_num_threads(1)
 os.environ["STROP_PROGRESS"] = "off"
 STAGE = sys.argv[1]
-module = importlib.import_module(f"strop.stages.{STAGE}")
+module = importlib.import_module(f"strop.stages.{STAGE.replace('-', '_')}")
+SAVE = "save_scalar_model" if STAGE == "reward-model" else "save_model"
 CALL = [STAGE, f"{STAGE}.toml"]
 
 def in_child(*flags, kill_after=None, in_save=None, stop=None):
@@ -52,14 +53,14 @@ def in_child(*flags, kill_after=None, in_save=None, stop=None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def arrange(in_save, stop):
-    real, count = module.save_model, 0
+    real, count = getattr(module, SAVE), 0
     def save_model(model, folder):
         nonlocal count
         count += 1
         real(model, folder)
         if count == in_save:
             os.kill(os.getpid(), signal.SIGKILL)
-    module.save_model = save_model
+    setattr(module, SAVE, save_model)
     if stop:
         from strop.runs import RunFolder
         log = RunFolder.log
@@ -121,6 +122,18 @@ save_every = 4
 dtype = "bfloat16"
 optimizer = { lr = 3e-3, schedule = "cosine", weight_decay = 0.1 }
 """
+REWARD_MODEL = """
+from = "tiny"
+data = "ranks.jsonl"
+eval_data = "ranks.jsonl"
+num_steps = 9
+batch_size = 5
+micro_batch_tokens = 64
+eval_every = 4
+save_every = 4
+dtype = "bfloat16"
+optimizer = { lr = 3e-3, schedule = "cosine" }
+"""
 GRPO = """
 from = "tiny"
 tasks = "tasks.jsonl"
@@ -142,7 +155,7 @@ eval = { tasks = "tasks.jsonl", every = 4 }
 """
 
 
-@pytest.fixture(scope="module", params=["pretrain", "sft", "grpo"])
+@pytest.fixture(scope="module", params=["pretrain", "sft", "reward-model", "grpo"])
 def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp(request.param)
     shutil.copytree(tiny_folder, root / "tiny")
@@ -160,7 +173,10 @@ def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: py
     (root / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows[:10]]
     (root / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    for stage, recipe in {"pretrain": PRETRAIN, "sft": SFT, "grpo": GRPO}.items():
+    answers = [[f" {word}" for word in words[place:] + words[: place // 2]] for place in range(5)]
+    ranks = [{"prompt": "the", "completions": own, "ranks": [len(text) for text in own]} for own in answers]
+    (root / "ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranks * 4))
+    for stage, recipe in {"pretrain": PRETRAIN, "sft": SFT, "reward-model": REWARD_MODEL, "grpo": GRPO}.items():
         (root / f"{stage}.toml").write_text(recipe)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
