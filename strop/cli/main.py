@@ -16,6 +16,7 @@ train (each writes a run folder, runs/NAME)
   pretrain RECIPE.toml          next-token training from scratch or from a checkpoint; not RL
   sft      RECIPE.toml          supervised fine-tuning on examples of good answers; not RL
   reward-model RECIPE.toml      a scalar head that learns which answers people prefer; not RL
+  dpo      RECIPE.toml          preferences straight into the policy: DPO and its relatives, KTO, online DPO
   grpo     RECIPE.toml          reinforcement learning: sample a group, score it, reinforce what beats the group
       --from RUN[/STEP]|FOLDER  checkpoint to start from     --name NAME       name of the run (the recipe's name)
       --FIELD VALUE             any field of the recipe      --runs-dir DIR    folder of all runs (runs)
@@ -41,6 +42,7 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "reward-model": "stages",
+    "dpo": "stages",
     "grpo": "stages",
     "pipeline": "pipeline",
     "eval": "evaluate",

@@ -1,4 +1,4 @@
-"""`strop pretrain | sft | reward-model | grpo RECIPE.toml`: a recipe, flags over it, one run."""
+"""`strop pretrain | sft | reward-model | dpo | grpo RECIPE.toml`: a recipe, flags over it, one run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ STAGES = {
     "pretrain": "strop.stages.pretrain",
     "sft": "strop.stages.sft",
     "reward-model": "strop.stages.reward_model",
+    "dpo": "strop.stages.dpo",
     "grpo": "strop.stages.grpo",
 }
 """Stage name -> the module with its Config and train()."""

@@ -17,6 +17,9 @@ from strop.models.huggingface import config_from_dict
 from strop.models.loading import read_module, write_module
 from strop.types import PackedBatch
 
+SCALE_KEYS = ("reward_mean", "reward_std")
+"""Of "strop_reward" in config.json."""
+
 
 class ScalarModel(nn.Module):
     """A decoder whose head gives one number per position instead of logits.
@@ -33,9 +36,6 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
         self.source_config: dict[str, Any] | None = None
         self.source_generation_config: dict[str, Any] | None = None
-        self.score_mean, self.score_std = 0.0, 1.0
-        """Of the scores of reference completions, kept in config.json: a score says nothing without them, since
-        preferences leave an offset open. What the head computes, here and in transformers, is the score before them."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,11 +84,8 @@ def load_scalar_model(
     """The value or reward model in a sequence-classification folder; arguments and errors as load_model."""
     folder = Path(folder)
     check_folder(folder)
-    raw = read_json(folder / "config.json")
-    model = read_module(
-        ScalarModel, config_from_dict(raw, str(folder / "config.json")), folder, dtype=dtype, device=device
-    )
-    model.score_mean, model.score_std = float(raw.get("score_mean", 0.0)), float(raw.get("score_std", 1.0))
+    config = config_from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    model = read_module(ScalarModel, config, folder, dtype=dtype, device=device)
     if frozen:
         model.requires_grad_(False).eval()
     return model
@@ -98,10 +95,16 @@ def save_scalar_model(
     model: ScalarModel,
     folder: str | Path,
     *,
+    reward_scale: tuple[float, float] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the folder that load_scalar_model and AutoModelForSequenceClassification open; `weights` as save_model."""
+    """Write the folder that load_scalar_model and AutoModelForSequenceClassification open; `weights` as save_model.
+
+    reward_scale is (mean, deviation) of the scores of reference completions, which preferences leave open; it goes into
+    config.json for whoever wants (score - mean) / deviation. The head is left as it is.
+    """
+    scale = {} if reward_scale is None else {"strop_reward": dict(zip(SCALE_KEYS, reward_scale, strict=True))}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_module(
@@ -112,8 +115,7 @@ def save_scalar_model(
         extra_config={
             "id2label": {"0": "LABEL_0"},
             "label2id": {"LABEL_0": 0},
-            "score_mean": model.score_mean,
-            "score_std": model.score_std,
+            **scale,
         },
         weights=weights,
         max_shard_bytes=max_shard_bytes,

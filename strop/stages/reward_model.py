@@ -234,8 +234,8 @@ def _train(config: Config, start: Start, interrupt: Interrupt, rows: Mapping[str
 
     def write_model(folder: Path) -> None:
         reference = np.concatenate(score_all(model, references, max_tokens=config.micro_batch_tokens))
-        model.score_mean, model.score_std = float(reference.mean()), float(reference.std()) or 1.0
-        save_scalar_model(model, folder)
+        scale = float(reference.mean()), float(reference.std()) or 1.0
+        save_scalar_model(model, folder, reward_scale=scale)
         tokenizer.save(folder)
 
     if start.resumed is None and held_out is not None:

@@ -54,10 +54,10 @@ def in_child(*flags, kill_after=None, in_save=None, stop=None):
 
 def arrange(in_save, stop):
     real, count = getattr(module, SAVE), 0
-    def save_model(model, folder):
+    def save_model(model, folder, **options):
         nonlocal count
         count += 1
-        real(model, folder)
+        real(model, folder, **options)
         if count == in_save:
             os.kill(os.getpid(), signal.SIGKILL)
     setattr(module, SAVE, save_model)

@@ -111,8 +111,9 @@ def test_the_checkpoint_gives_the_same_scores_in_transformers(tiny_folder: Path,
         scores = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0].numpy()
     expected = [score for row, own in zip(RANKINGS, ours, strict=True) for score in in_file_order(row, own)]
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
-    assert theirs.config.score_mean == pytest.approx(float(np.mean(expected)), abs=1e-5)
-    assert theirs.config.score_std == pytest.approx(float(np.std(expected)), abs=1e-5)
+    scale = theirs.config.strop_reward
+    assert scale["reward_mean"] == pytest.approx(float(np.mean(expected)), abs=1e-5)
+    assert scale["reward_std"] == pytest.approx(float(np.std(expected)), abs=1e-5)
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert len(losses) == 3
 
