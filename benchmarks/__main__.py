@@ -20,7 +20,15 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-JOBS = {"generation": ("strop", "transformers"), "sft": ("strop", "trl"), "grpo": ("strop", "trl")}
+JOBS = {
+    "generation": ("strop", "transformers"),
+    "sft": ("strop", "trl"),
+    "dpo": ("strop", "trl"),
+    "reward-model": ("strop", "trl"),
+    "grpo": ("strop", "trl"),
+}
+MODULES = {"dpo": "preferences", "reward-model": "preferences"}
+"""Job -> the first word of the module that measures it, where it is not run_SYSTEM."""
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "smollm2"
 
@@ -52,7 +60,7 @@ def measure(job: str, model: Path, rounds: int) -> dict[str, list[dict[str, floa
     figures: dict[str, list[dict[str, float]]] = {system: [] for system in JOBS[job]}
     for number in range(rounds):
         for system in JOBS[job]:
-            command = [sys.executable, "-m", f"benchmarks.run_{system}", job, str(model)]
+            command = [sys.executable, "-m", f"benchmarks.{MODULES.get(job, 'run')}_{system}", job, str(model)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{system} failed on {job}:\n{done.stderr[-3000:]}")

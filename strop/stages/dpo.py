@@ -11,6 +11,7 @@ answers never changes: it is computed once, before the first step, and the refer
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,8 @@ def make_reference(
     kinds = {"train": needed, "eval": held_out}
     if lenders:
         kinds["mismatched"] = [lenders[comparison.where] for comparison in needed]
-    return fill_cache(start.run.path, model, kinds, config)
+    is_whole = config.num_steps >= batches.num_batches_per_epoch
+    return fill_cache(start.run.path, model, kinds, config, num_steps=sys.maxsize if is_whole else config.num_steps)
 
 
 def read_comparisons(rows: Rows, tokenizer: Tokenizer, max_positions: int, config: Config) -> Comparisons:

@@ -78,9 +78,17 @@ def read_cache(run_folder: Path) -> CachedReference:
 
 
 def fill_cache(
-    run_folder: Path, reference: CausalLM, kinds: Mapping[str, Sequence[Comparison]], config: Config
+    run_folder: Path,
+    reference: CausalLM,
+    kinds: Mapping[str, Sequence[Comparison]],
+    config: Config,
+    *,
+    num_steps: int,
 ) -> CachedReference:
-    """Compute the sums of every kind of comparison and keep them: the file is there whole or not at all."""
+    """Compute the sums of every kind of comparison and keep them: the file is there whole or not at all.
+
+    num_steps: how far a run gets with these comparisons.
+    """
     started = time.perf_counter()
     tensors: dict[str, torch.Tensor] = {}
     count = 0
@@ -92,7 +100,7 @@ def fill_cache(
         }
         count += sum(len(own) for own in sums)
     partial = run_folder / f"{CACHE}.partial"
-    save_file(tensors, partial, metadata={"num_steps": str(config.num_steps)})
+    save_file(tensors, partial, metadata={"num_steps": str(num_steps)})
     sync(partial)
     partial.replace(run_folder / CACHE)
     sync(run_folder)

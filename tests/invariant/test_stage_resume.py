@@ -26,10 +26,10 @@ from strop.cli.main import main
 
 torch.set_num_threads(1)
 os.environ["STROP_PROGRESS"] = "off"
-STAGE = sys.argv[1]
+STAGE, _, VARIANT = sys.argv[1].partition(":")
 module = importlib.import_module(f"strop.stages.{STAGE.replace('-', '_')}")
 SAVE = "save_scalar_model" if STAGE == "reward-model" else "save_model"
-CALL = [STAGE, f"{STAGE}.toml"]
+CALL = [STAGE, f"{STAGE}{VARIANT}.toml"]
 
 def in_child(*flags, kill_after=None, in_save=None, stop=None):
     "The child's exit code, -9 for a kill. in_save: the number of the save in whose middle it dies."
@@ -134,6 +134,32 @@ save_every = 4
 dtype = "bfloat16"
 optimizer = { lr = 3e-3, schedule = "cosine" }
 """
+DPO = """
+from = "tiny"
+data = "ranks.jsonl"
+eval_data = "ranks.jsonl"
+loss = "bco"
+num_steps = 9
+batch_size = 3
+micro_batch_tokens = 64
+max_length = 32
+eval_every = 4
+save_every = 4
+dtype = "bfloat16"
+optimizer = { lr = 3e-3, schedule = "cosine" }
+"""
+ONLINE = """
+from = "tiny"
+rewards = [{ name = "length", options = { target_tokens = 3, width = 3 } }]
+num_steps = 9
+batch_size = 4
+reference_refresh_steps = 5
+save_every = 4
+dtype = "float32"
+online = { tasks = "tasks.jsonl", group_size = 4, pairs = "all" }
+sampling = { max_new_tokens = 5, stop = ["a", "e", "o", "t", "u", "n", "r", "i", "h"] }
+optimizer = { lr = 3e-3, schedule = "linear" }
+"""
 GRPO = """
 from = "tiny"
 tasks = "tasks.jsonl"
@@ -155,9 +181,9 @@ eval = { tasks = "tasks.jsonl", every = 4 }
 """
 
 
-@pytest.fixture(scope="module", params=["pretrain", "sft", "reward-model", "grpo"])
+@pytest.fixture(scope="module", params=["pretrain", "sft", "reward-model", "dpo", "dpo:online", "grpo"])
 def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
+    root = tmp_path_factory.mktemp(request.param.replace(":", ""))
     shutil.copytree(tiny_folder, root / "tiny")
     # A stop token that only the model's config names: the run's own checkpoints get a generation_config.json with it,
     # and a resumed run must not end its completions there, since the run did not before.
@@ -176,7 +202,8 @@ def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: py
     answers = [[f" {word}" for word in words[place:] + words[: place // 2]] for place in range(5)]
     ranks = [{"prompt": "the", "completions": own, "ranks": [len(text) for text in own]} for own in answers]
     (root / "ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranks * 4))
-    for stage, recipe in {"pretrain": PRETRAIN, "sft": SFT, "reward-model": REWARD_MODEL, "grpo": GRPO}.items():
+    recipes = {"pretrain": PRETRAIN, "sft": SFT, "reward-model": REWARD_MODEL, "grpo": GRPO}
+    for stage, recipe in (recipes | {"dpo": DPO, "dpoonline": ONLINE}).items():
         (root / f"{stage}.toml").write_text(recipe)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
