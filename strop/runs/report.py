@@ -17,13 +17,14 @@ from strop.runs.folder import RunFolder
 from strop.runs.metrics import read_lines
 from strop.runs.report_page import PAGE
 
-HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss")
+HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "accuracy")
 """The first of them that a run logged as eval/NAME stands in the table."""
 
 CURVES = {
     "eval/pass@1": "held-out pass@1",
     "eval/bits_per_byte": "held-out bits per byte",
     "eval/loss": "held-out loss, nats per token",
+    "eval/accuracy": "agreement with held-out preferences",
     "reward": "reward",
     "loss": "training loss, nats per token",
     "completion_length": "completion length, tokens",
@@ -31,6 +32,10 @@ CURVES = {
     "entropy": "entropy, nats per token",
     "kl": "KL to the reference, nats per token",
     "engine_gap": "gap between engine and trainer, nats per token",
+    "accuracy": "agreement with the step's preferences",
+    "margin": "better answer's score or implicit reward minus the worse one's",
+    "logprob_chosen": "logprob of the better answers, nats per token",
+    "logprob_rejected": "logprob of the worse answers, nats per token",
     "grad_norm": "gradient norm",
 }
 """Metric -> title, in the order of the page; those that a run did not log are left out."""
