@@ -11,7 +11,6 @@ answers never changes: it is computed once, before the first step, and the refer
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +25,10 @@ from strop.data import (
     Comparisons,
     Rows,
     TaskBatches,
-    comparisons_from_rows,
     load_rows,
     pack_completions,
     tasks_from_rows,
 )
-from strop.data.formats import COMPARED
 from strop.evals.comparisons import length_preference
 from strop.generation import Engine
 from strop.models import CausalLM, load_model, save_model
@@ -43,19 +40,19 @@ from strop.rollouts.prompts import encode_prompts
 from strop.rollouts.report import rollout_metrics
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
 from strop.stages.begin import chosen_dtype, kept_tokenizer
-from strop.stages.compared import check_fits, micro_batches
-from strop.stages.dpo_config import SINGLE, Config
+from strop.stages.compared import micro_batches
+from strop.stages.dpo_config import Config
+from strop.stages.dpo_data import mismatched, read_comparisons
 from strop.stages.dpo_loss import (
     Answers,
     Baselines,
     frozen_sums,
     micro_loss,
-    mismatched,
     policy_answers,
 )
 from strop.stages.dpo_measure import evaluate_answers, evaluate_preferences, preference_metrics
 from strop.stages.dpo_online import sample_comparisons, sample_rows
-from strop.stages.dpo_reference import LiveReference, Reference, covers, fill_cache, read_cache
+from strop.stages.dpo_reference import LiveReference, Reference, covers, make_reference
 from strop.stages.supervised import save_failed_batch
 from strop.tokenizer import Tokenizer
 from strop.types import Task
@@ -78,6 +75,8 @@ class Actors:
     """Task id -> the tokens of its prompt."""
     lenders: dict[str, Comparison]
     """Offline KTO: a comparison's place -> its prompt with an answer to another one."""
+    prefers_longer: bool | None = None
+    """What a judge of lengths alone would have learnt from the training data."""
     bco_shift: float = 0.0
 
 
@@ -98,8 +97,9 @@ def dpo_step(actors: Actors, batch: Sequence[Comparison], config: Config, *, lr:
     report = optimizer_step(actors.optimizer, lr=lr, max_grad_norm=config.optimizer.max_grad_norm)
     seconds = time.perf_counter() - started
     metrics = preference_metrics(batch, Answers.join(parts), baselines, config)
-    if config.loss == "bco":
+    if config.loss == "bco" and not report.is_skipped:
         actors.bco_shift = BCO_DECAY * actors.bco_shift + (1 - BCO_DECAY) * metrics["reward_mean"]
+    if config.loss == "bco":
         metrics["bco_shift"] = baselines.bco_shift
     num_tokens = sum(comparison.num_tokens for comparison in batch)
     return metrics | {
@@ -167,45 +167,23 @@ def _train(
     tasks: Mapping[str, Sequence[Task]],
 ) -> None:
     run = start.run
-    tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
-    dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_model(start.model_folder, dtype=dtype, device=config.device)
-    tokenizer.check_fits(policy.config.vocab_size)
-    limit = policy.config.max_position_embeddings
-    data = read_comparisons(rows["data"], tokenizer, limit, config) if "data" in rows else Comparisons([])
-    held_out = read_comparisons(rows["eval_data"], tokenizer, limit, config) if "eval_data" in rows else None
-    max_tokens = min(config.max_length, config.micro_batch_tokens)
-    is_kto = config.loss == "kto" and not config.is_online
-    lenders = {lent.where: lent for lent in mismatched(data, max_tokens=max_tokens)} if is_kto else {}
-    batches: ComparisonBatches | TaskBatches
-    if config.is_online:
-        batches = TaskBatches(tasks["online.tasks"], batch_size=1, seed=derive_seed(config.seed, "tasks"))
-    else:
-        batches = ComparisonBatches(data, batch_size=config.batch_size, seed=derive_seed(config.seed, "comparisons"))
-    reference = make_reference(config, start, policy, batches, lenders, held_out or [])
-    encode_prompts(tasks["eval_tasks"], tokenizer, config.sampling.max_new_tokens, limit)
-    actors = Actors(
-        policy=policy,
-        reference=reference,
-        tokenizer=tokenizer,
-        optimizer=config.optimizer.build(policy.named_parameters()),
-        engine=Engine(policy, tokenizer, num_slots=config.online.num_slots),
-        reward=reward,
-        prompt_ids=encode_prompts(tasks["online.tasks"], tokenizer, config.sampling.max_new_tokens, limit),
-        lenders=lenders,
-    )
+    actors, batches, held_out = prepare(config, start, reward, rows, tasks)
     skipped = SkippedSteps(config.optimizer.max_skipped_steps)
     restore(start, actors, batches, skipped)
-    prefers_longer = length_preference(data) if data else None
 
     def evaluate() -> dict[str, float]:
         metrics: dict[str, float] = {}
         if held_out is not None:
             metrics |= evaluate_preferences(
-                policy, reference, held_out, config, prefers_longer=prefers_longer, bco_shift=actors.bco_shift
+                actors.policy,
+                actors.reference,
+                held_out,
+                config,
+                prefers_longer=actors.prefers_longer,
+                bco_shift=actors.bco_shift,
             )
         if tasks["eval_tasks"]:
-            metrics |= evaluate_answers(actors.engine, tokenizer, reward, tasks["eval_tasks"], config)
+            metrics |= evaluate_answers(actors.engine, actors.tokenizer, reward, tasks["eval_tasks"], config)
         return metrics
 
     has_eval = held_out is not None or bool(tasks["eval_tasks"])
@@ -221,14 +199,14 @@ def _train(
             except FloatingPointError as error:
                 raise DivergedError(f"step {step}: {error}. Lower optimizer.lr or lengthen the warm-up") from error
             run.log(step, metrics | {"epoch": batches.epoch})
-            run.log_samples(step, sample_rows(tokenizer, groups, config.online.samples_per_step))
+            run.log_samples(step, sample_rows(actors.tokenizer, groups, config.online.samples_per_step))
             skipped.record(
                 bool(metrics.get("skipped", 0.0)),
                 lambda batch=batch: save_failed_batch(run.path, pack_completions(item.tree for item in batch)),
             )
             if config.reference_refresh_steps and step % config.reference_refresh_steps == 0:
-                assert isinstance(reference, LiveReference)
-                reference.refresh(policy)
+                assert isinstance(actors.reference, LiveReference)
+                actors.reference.refresh(actors.policy)
             is_stopped = interrupt.is_requested  # looked at once: a signal after the save is for the next step
             if is_last or step % config.save_every == 0 or is_stopped:
                 save(start, step, actors, batches, skipped, config)
@@ -236,6 +214,59 @@ def _train(
             progress.update(step, figures | {"tokens/s": metrics["time/tokens_per_second"]})
             if is_stopped and not is_last:
                 interrupt.exit()
+
+
+def prepare(
+    config: Config,
+    start: Start,
+    reward: WeightedRewards | None,
+    rows: Mapping[str, Rows],
+    tasks: Mapping[str, Sequence[Task]],
+) -> tuple[Actors, ComparisonBatches | TaskBatches, Comparisons | None]:
+    """Everything that the first step needs, checked; and the held-out comparisons."""
+    tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
+    dtype = chosen_dtype(start, config.dtype, config.device)
+    policy = load_model(start.model_folder, dtype=dtype, device=config.device)
+    tokenizer.check_fits(policy.config.vocab_size)
+    limit = policy.config.max_position_embeddings
+    prompt_ids = encode_prompts(tasks["online.tasks"], tokenizer, config.sampling.max_new_tokens, limit)
+    encode_prompts(tasks["eval_tasks"], tokenizer, config.sampling.max_new_tokens, limit)
+    check_room(prompt_ids, config)
+    data = read_comparisons(rows["data"], tokenizer, limit, config) if "data" in rows else Comparisons([])
+    held_out = read_comparisons(rows["eval_data"], tokenizer, limit, config) if "eval_data" in rows else None
+    lenders: dict[str, Comparison] = {}
+    if config.loss == "kto" and not config.is_online:
+        max_tokens = min(config.max_length, config.micro_batch_tokens)
+        lenders = {lent.where: lent for lent in mismatched(data, max_tokens=max_tokens)}
+    batches: ComparisonBatches | TaskBatches
+    if config.is_online:
+        batches = TaskBatches(tasks["online.tasks"], batch_size=1, seed=derive_seed(config.seed, "tasks"))
+    else:
+        batches = ComparisonBatches(data, batch_size=config.batch_size, seed=derive_seed(config.seed, "comparisons"))
+    actors = Actors(
+        policy=policy,
+        reference=make_reference(config, start, policy, batches, lenders, held_out or []),
+        tokenizer=tokenizer,
+        optimizer=config.optimizer.build(policy.named_parameters()),
+        engine=Engine(policy, tokenizer, num_slots=config.online.num_slots),
+        reward=reward,
+        prompt_ids=prompt_ids,
+        lenders=lenders,
+        prefers_longer=length_preference(data) if data else None,
+    )
+    return actors, batches, held_out
+
+
+def check_room(prompt_ids: Mapping[str, tuple[int, ...]], config: Config) -> None:
+    """ValueError naming the first online task whose answers, if all were as long as allowed, no pass could hold."""
+    num_answers = 2 if config.online.pairs == "best_worst" else config.online.group_size
+    for task, prompt in prompt_ids.items():
+        size = len(prompt) + num_answers * config.sampling.max_new_tokens
+        if size > config.micro_batch_tokens:
+            raise ValueError(
+                f"{task}: its prompt and {num_answers} answers may have {size} tokens, which one pass must hold: raise "
+                f"micro_batch_tokens={config.micro_batch_tokens}, or lower sampling.max_new_tokens"
+            )
 
 
 def one_step(
@@ -271,59 +302,6 @@ def one_step(
         "time/tokens_per_second": num_tokens / seconds,
     }
     return metrics, comparisons, groups
-
-
-def make_reference(
-    config: Config,
-    start: Start,
-    policy: CausalLM,
-    batches: ComparisonBatches | TaskBatches,
-    lenders: Mapping[str, Comparison],
-    held_out: Sequence[Comparison],
-) -> Reference | None:
-    """None for a loss without one, the cached logprobs where they can be known beforehand, else the model itself.
-
-    Before the first update the policy is the reference, so that a new run computes its cache without a second model.
-    """
-    if not config.needs_reference:
-        return None
-    if not config.keeps_reference and covers(start.run.path, config.num_steps):
-        return read_cache(start.run.path)
-    if config.keeps_reference or start.resumed is not None:
-        assert start.parent is not None
-        model = load_model(start.parent.path, dtype=policy.dtype, device=policy.device, frozen=True)
-    else:
-        model = policy
-    if config.keeps_reference:
-        return LiveReference(model, config)
-    assert isinstance(batches, ComparisonBatches)
-    seen: dict[str, Comparison] = {}
-    for _, batch in zip(range(config.num_steps), batches.epoch_batches(), strict=False):
-        seen |= {comparison.where: comparison for comparison in batch}
-    needed = sorted(seen.values(), key=lambda comparison: comparison.where)
-    kinds = {"train": needed, "eval": held_out}
-    if lenders:
-        kinds["mismatched"] = [lenders[comparison.where] for comparison in needed]
-    is_whole = config.num_steps >= batches.num_batches_per_epoch
-    return fill_cache(start.run.path, model, kinds, config, num_steps=sys.maxsize if is_whole else config.num_steps)
-
-
-def read_comparisons(rows: Rows, tokenizer: Tokenizer, max_positions: int, config: Config) -> Comparisons:
-    """The rows as comparisons, checked against the settings."""
-    accepted = (*COMPARED, "prompt/completion/label") if config.loss in SINGLE else COMPARED
-    comparisons = comparisons_from_rows(
-        rows, tokenizer, accepted=accepted, max_length=config.max_length, on_too_long=config.on_too_long
-    )
-    check_fits(comparisons, max_positions=max_positions, micro_batch_tokens=config.micro_batch_tokens)
-    labels = {comparison.label for comparison in comparisons}
-    if None in labels and len(labels) > 1:
-        raise ValueError(f"{rows.source}: pairs and single answers with a label are mixed: use one of them")
-    if None not in labels and len(labels) == 1:
-        raise ValueError(
-            f'{rows.source}: every label is {str(labels.pop()).lower()}, but loss = "{config.loss}" tells wanted from '
-            "unwanted answers: add some of the other kind"
-        )
-    return comparisons
 
 
 def save(

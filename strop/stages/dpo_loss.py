@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from strop.data import Comparison, pack_completions
-from strop.data.comparisons import Answer
 from strop.models.interface import CausalLM
 from strop.models.logprobs import packed_logprobs
 from strop.objectives import preference
@@ -173,26 +172,3 @@ def implicit_rewards(answers: Answers, config: Config) -> Tensor:
     """beta * what the loss compares, shape (A,): the reward whose optimum the policy is (Rafailov 2023, eq. 5)."""
     is_mean = config.loss in ("ipo", "sigmoid_norm", "orpo", "simpo")
     return config.beta * (answers.logratios_A / answers.lengths_A if is_mean else answers.logratios_A)
-
-
-def mismatched(comparisons: Sequence[Comparison], *, max_tokens: int) -> list[Comparison]:
-    """Every prompt with the best answer to another one, of which KTO's baseline is made.
-
-    The next comparison with another prompt lends its answer, cut where both would exceed max_tokens. ValueError when
-    all prompts are the same.
-    """
-    if len({comparison.prompt_ids for comparison in comparisons}) < 2:
-        raise ValueError(
-            'loss = "kto" measures its baseline on answers to other prompts, but all prompts are the same: add others'
-        )
-    found: list[Comparison] = []
-    for place, comparison in enumerate(comparisons):
-        other = place + 1
-        while comparisons[other % len(comparisons)].prompt_ids == comparison.prompt_ids:
-            other += 1
-        answer, room = comparisons[other % len(comparisons)].answers[0], max_tokens - len(comparison.prompt_ids)
-        answer = Answer(token_ids=answer.token_ids[:room], mask=answer.mask[:room])
-        found.append(
-            Comparison(where=comparison.where, prompt_ids=comparison.prompt_ids, answers=(answer,), ranks=(0,))
-        )
-    return found

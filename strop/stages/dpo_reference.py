@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from strop.data import Comparison
-from strop.models import CausalLM
+from strop.data import Comparison, ComparisonBatches, TaskBatches
+from strop.models import CausalLM, load_model
+from strop.runs import Start
 from strop.runs.files import sync
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_loss import frozen_sums
@@ -106,3 +108,38 @@ def fill_cache(
     sync(run_folder)
     print(f"reference logprobs of {count} answers: {time.perf_counter() - started:.0f} s, once", flush=True)
     return read_cache(run_folder)
+
+
+def make_reference(
+    config: Config,
+    start: Start,
+    policy: CausalLM,
+    batches: ComparisonBatches | TaskBatches,
+    lenders: Mapping[str, Comparison],
+    held_out: Sequence[Comparison],
+) -> Reference | None:
+    """None for a loss without one, the cached logprobs where they can be known beforehand, else the model itself.
+
+    Before the first update the policy is the reference, so that a new run computes its cache without a second model.
+    """
+    if not config.needs_reference:
+        return None
+    if not config.keeps_reference and covers(start.run.path, config.num_steps):
+        return read_cache(start.run.path)
+    if config.keeps_reference or start.resumed is not None:
+        assert start.parent is not None
+        model = load_model(start.parent.path, dtype=policy.dtype, device=policy.device, frozen=True)
+    else:
+        model = policy
+    if config.keeps_reference:
+        return LiveReference(model, config)
+    assert isinstance(batches, ComparisonBatches)
+    seen: dict[str, Comparison] = {}
+    for _, batch in zip(range(config.num_steps), batches.epoch_batches(), strict=False):
+        seen |= {comparison.where: comparison for comparison in batch}
+    needed = sorted(seen.values(), key=lambda comparison: comparison.where)
+    kinds = {"train": needed, "eval": held_out}
+    if lenders:
+        kinds["mismatched"] = [lenders[comparison.where] for comparison in needed]
+    is_whole = config.num_steps >= batches.num_batches_per_epoch
+    return fill_cache(start.run.path, model, kinds, config, num_steps=sys.maxsize if is_whole else config.num_steps)

@@ -23,10 +23,10 @@ from strop.generation import Engine
 from strop.models import load_model, save_model
 from strop.optim import OptimizerConfig
 from strop.runs import read_lines
-from strop.stages import dpo
+from strop.stages import dpo, dpo_reference
 from strop.stages.dpo import Actors, dpo_step
 from strop.stages.dpo_config import Config
-from strop.stages.dpo_loss import mismatched
+from strop.stages.dpo_data import mismatched
 from strop.stages.dpo_reference import CACHE, LiveReference
 from strop.tokenizer import Tokenizer
 
@@ -251,7 +251,8 @@ def test_a_run_starts_where_the_policy_is_its_reference_and_asks_it_once(
 ) -> None:
     calls = []
     real = dpo.load_model
-    monkeypatch.setattr(dpo, "load_model", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+    for module in (dpo, dpo_reference):
+        monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
     config = Config(
         init_from=str(tiny_folder),
         data=write(tmp_path / "pairs.jsonl", [{**row, "weight": 1.0} for row in PAIRS]),

@@ -155,3 +155,11 @@ def test_a_longer_run_needs_no_parent_once_everything_is_cached() -> None:
     assert main(flags) == 0
     shutil.rmtree("tiny")
     assert main([*flags[:-1], "6", "--resume"]) == 0
+
+
+def test_an_online_group_must_fit_one_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path("dpo.toml").read_text().replace('data = "pairs.jsonl"', 'rewards = [{ name = "length", weight = 1 }]')
+    Path("dpo.toml").write_text(recipe.replace("weight = 1 }", "options = { target_tokens = 3, width = 3 } }"))
+    flags = ["--online.tasks", "pairs.jsonl", "--sampling.max-new-tokens", "20", "--micro-batch-tokens", "40"]
+    message = refused(capsys, "dpo", "dpo.toml", *flags)
+    assert "pairs.jsonl:1: its prompt and 2 answers may have" in message and "raise micro_batch_tokens=40" in message
