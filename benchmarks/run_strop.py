@@ -103,6 +103,34 @@ def grpo(job: work.Job, model_folder: str) -> None:
     )
 
 
+def preferences(job: work.Job, model_folder: str) -> None:
+    """DPO or a reward model on pairs. DPO's reference logprobs are computed before the steps that are timed."""
+    from transformers import AutoTokenizer
+
+    from strop.optim import OptimizerConfig
+
+    if job.kind == "dpo":
+        from strop.stages.dpo import Config, train
+    else:
+        from strop.stages.reward_model import Config, train
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "pairs.jsonl"
+        rows = work.pairs(job.batch)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        config = Config(
+            init_from=model_folder,
+            data=str(data),
+            num_steps=job.warm_up + job.timed,
+            batch_size=len(rows),
+            micro_batch_tokens=2048,
+            optimizer=OptimizerConfig(lr=1e-6),
+            save_every=10_000,
+        )
+        lines = _steps(train, config, Path(folder), job)
+    tokens = work.pair_tokens(AutoTokenizer.from_pretrained(model_folder), rows)
+    work.report([tokens] * len(lines), [line["time/step_seconds"] for line in lines])
+
+
 def _steps(train, config, folder: Path, job: work.Job) -> list[dict]:
     """Run the stage; its own log says how long each step took, from the first sample to the last update."""
     from strop.runs import read_lines
@@ -113,7 +141,8 @@ def _steps(train, config, folder: Path, job: work.Job) -> list[dict]:
 
 def main(job_name: str, model_folder: str) -> None:
     job = work.job(job_name)
-    {"generation": generation, "sft": sft, "grpo": grpo}[job.kind](job, model_folder)
+    jobs = {"generation": generation, "sft": sft, "grpo": grpo, "dpo": preferences, "reward-model": preferences}
+    jobs[job.kind](job, model_folder)
 
 
 if __name__ == "__main__":

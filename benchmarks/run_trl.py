@@ -108,6 +108,34 @@ def grpo(job: work.Job, model_folder: str, setting: dict[str, Any]) -> None:
     work.report(counts[job.warm_up :], clock.seconds[job.warm_up :])
 
 
+def preferences(job: work.Job, model_folder: str, setting: dict[str, Any]) -> None:
+    """DPO has its reference logprobs computed before training, as ours are, and in neither counted into the steps."""
+    from transformers import AutoModelForSequenceClassification
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = work.pairs(job.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        model, options = _model_and_options(model_folder, folder, setting, job.batch)
+        trainer_class, config_class = DPOTrainer, DPOConfig
+        if job.kind == "dpo":
+            options |= {"beta": 0.1, "precompute_ref_log_probs": True}
+        else:
+            trainer_class, config_class = RewardTrainer, RewardConfig
+            load = {"dtype": torch.bfloat16, "num_labels": 1}
+            model = AutoModelForSequenceClassification.from_pretrained(model_folder, **load)
+        trainer = trainer_class(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+            args=config_class(max_steps=job.warm_up + job.timed, max_length=None, **options),
+            callbacks=[clock := Clock()],
+        )
+        trainer.train()
+    tokens = work.pair_tokens(AutoTokenizer.from_pretrained(model_folder), rows)
+    work.report([tokens] * job.timed, clock.seconds[job.warm_up :])
+
+
 def _model_and_options(model_folder: str, folder: str, setting: dict[str, Any], num_rows: int):
     """The model and the trainer's arguments; num_rows make one optimiser step, in num_micro_batches parts."""
     options = dict(setting)
@@ -135,10 +163,13 @@ def _model_and_options(model_folder: str, folder: str, setting: dict[str, Any], 
 def main(job_name: str, model_folder: str, setting: str | None = None) -> None:
     job = work.job(job_name)
     chosen = SETTINGS[FASTEST[job_name.partition("/")[0]] if setting is None else setting]
-    {"sft": sft, "grpo": grpo}[job.kind](job, model_folder, chosen)
+    {"sft": sft, "grpo": grpo, "dpo": preferences, "reward-model": preferences}[job.kind](job, model_folder, chosen)
 
 
-FASTEST = {"sft": "bf16", "grpo-64": "bf16", "grpo-64-lora": "bf16", "grpo-256": "bf16, micro-batches of a quarter"}
+FASTEST = {
+    **dict.fromkeys(("sft", "dpo", "reward-model", "grpo-64", "grpo-64-lora"), "bf16"),
+    "grpo-256": "bf16, micro-batches of a quarter",
+}
 """grpo-256 in one micro-batch wants more memory than most machines have."""
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from typing import Literal
 class Job:
     """One piece of work, and who does it. Every measurement of it is a process of its own."""
 
-    kind: Literal["machine", "generation", "sft", "grpo"]
+    kind: Literal["machine", "generation", "sft", "grpo", "dpo", "reward-model"]
     systems: tuple[str, ...]
     """Modules benchmarks.run_NAME, in the order of their turns."""
     batch: int = 0
-    """generation: sequences; sft: rows; grpo: prompts."""
+    """generation: sequences; sft: rows; grpo: prompts; dpo, reward-model: pairs."""
     group: int = 1
     """grpo: completions per prompt."""
     new_tokens: int = 64
@@ -42,6 +42,8 @@ JOBS = {
     "grpo-64": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8),
     "grpo-64-lora": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8, has_lora=True),
     "grpo-256": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=16, new_tokens=256, timed=1),
+    "dpo": Job(kind="dpo", systems=("strop", "trl"), batch=8),
+    "reward-model": Job(kind="reward-model", systems=("strop", "trl"), batch=8),
 }
 
 
@@ -99,6 +101,28 @@ def long_answer_reward(completions: Sequence, **_: object) -> list[float]:
     """Something cheap that differs between the answers of a group."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [text.count("e") / (1 + len(text)) for text in texts]
+
+
+def pairs(count: int) -> list[dict[str, list[dict[str, str]]]]:
+    """A question of about 50 tokens as messages, and two answers of about 40 to 160 tokens, of different lengths."""
+    asked = questions(count)
+    return [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": " ".join([question] * (1 + i % 3))}],
+            "rejected": [{"role": "assistant", "content": " ".join([asked[i - 1]] * (1 + (i + 1) % 4))}],
+        }
+        for i, question in enumerate(asked)
+    ]
+
+
+def pair_tokens(tokenizer, rows: Sequence[dict]) -> int:  # a transformers tokenizer
+    """Tokens of all rows written out, prompt and answer for each side: what a padded batch holds without padding.
+
+    Both systems' rates are of these, so that their ratio is that of pairs per second.
+    """
+    written = [pair["prompt"] + pair[side] for pair in rows for side in ("chosen", "rejected")]
+    return sum(len(ids) for ids in tokenizer.apply_chat_template(written, return_dict=True)["input_ids"])
 
 
 def report(tokens: Sequence[float], seconds: Sequence[float], **others: float) -> None:

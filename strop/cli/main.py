@@ -15,7 +15,9 @@ usage: strop COMMAND ...        strop COMMAND --help lists its flags
 train (each writes a run folder, runs/NAME)
   pretrain RECIPE.toml          next-token training from scratch or from a checkpoint; not RL
   sft      RECIPE.toml          supervised fine-tuning on examples of good answers; not RL
+  reward-model RECIPE.toml      a scalar head that learns which answers people prefer; not RL
   ppo      RECIPE.toml          reinforcement learning: a critic says what was better than expected, token by token
+  dpo      RECIPE.toml          preferences straight into the policy: DPO and its relatives, KTO, online DPO
   grpo     RECIPE.toml          reinforcement learning: sample a group, score it, reinforce what beats the group
       --from RUN[/STEP]|FOLDER  checkpoint to start from     --name NAME       name of the run (the recipe's name)
       --FIELD VALUE             any field of the recipe      --runs-dir DIR    folder of all runs (runs)
@@ -48,6 +50,8 @@ COMMANDS = {
     "pretrain": "stages",
     "sft": "stages",
     "ppo": "stages",
+    "reward-model": "stages",
+    "dpo": "stages",
     "grpo": "stages",
     "pipeline": "pipeline",
     "eval": "evaluate",

@@ -1,4 +1,4 @@
-"""`strop pretrain | sft | ppo | grpo RECIPE.toml`: a recipe, flags over it, one run."""
+"""`strop pretrain | sft | reward-model | ppo | dpo | grpo RECIPE.toml`: a recipe, flags over it, one run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ STAGES = {
     "pretrain": "strop.stages.pretrain",
     "sft": "strop.stages.sft",
     "ppo": "strop.stages.ppo",
+    "reward-model": "strop.stages.reward_model",
+    "dpo": "strop.stages.dpo",
     "grpo": "strop.stages.grpo",
 }
 """Stage name -> the module with its Config and train()."""
@@ -34,7 +36,8 @@ def run(command: str, args: Sequence[str]) -> int:
         return 0
     folder = stage.train(call.config, name=call.name, runs_dir=call.runs_dir, resume=call.resume)
     where = "" if call.runs_dir == Path("runs") else f" --runs-dir {call.runs_dir}"
-    print(f"{folder}  (talk to it: strop chat {folder.name}{where})")
+    hint = f"strop runs report {folder.name}" if command == "reward-model" else f"talk to it: strop chat {folder.name}"
+    print(f"{folder}  ({hint}{where})")
     return 0
 
 

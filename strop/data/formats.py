@@ -6,9 +6,13 @@
     prompt/chosen/rejected      {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
                                 without a prompt: it is what chosen and rejected share at their beginning
     prompt/completion/label     {"prompt": "The sky is", "completion": " green.", "label": false}      (KTO)
+    prompt/completions/ranks    {"prompt": "The sky is", "completions": [" blue.", " green."], "ranks": [1, 2]}
+                                ours, what people's rankings are exported as: a lower rank is better, equal ones tie
 
-prompt, completion, chosen and rejected are either all text or all lists of messages. A column `tools` (a list of JSON
-schemas, or that list as JSON text) may stand beside messages. Other columns are not looked at.
+prompt, completion, chosen and rejected are either all text or all lists of messages; a ranking's completions may also
+be text after a prompt of messages, the assistant's next turn. A column `tools` (a list of JSON schemas, or that list as
+JSON text) may stand beside messages; beside preferences `weight` (a number), `annotator` (a name) and, with a pair,
+`margin` (how clear the preference was). Other columns are not looked at.
 
 The format is decided once per file, by its first row; a later row of that file that does not have it is an error.
 """
@@ -16,6 +20,7 @@ The format is decided once per file, by its first row; a later row of that file 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +28,14 @@ from typing import Any, Literal
 from strop.data.sources import Rows, checked_text, text_column
 from strop.types import Message
 
-Format = Literal["text", "messages", "prompt/completion", "prompt/chosen/rejected", "prompt/completion/label"]
+Format = Literal[
+    "text",
+    "messages",
+    "prompt/completion",
+    "prompt/chosen/rejected",
+    "prompt/completion/label",
+    "prompt/completions/ranks",
+]
 
 COLUMNS: Mapping[Format, tuple[str, ...]] = {
     "text": ("text",),
@@ -31,10 +43,12 @@ COLUMNS: Mapping[Format, tuple[str, ...]] = {
     "prompt/completion": ("prompt", "completion"),
     "prompt/chosen/rejected": ("chosen", "rejected"),
     "prompt/completion/label": ("prompt", "completion", "label"),
+    "prompt/completions/ranks": ("prompt", "completions", "ranks"),
 }
 """What a row must have to be of a format (the prompt of a preference pair may be implicit)."""
 
 SUPERVISED: tuple[Format, ...] = ("text", "messages", "prompt/completion")
+COMPARED: tuple[Format, ...] = ("prompt/chosen/rejected", "prompt/completions/ranks")
 
 Prompt = str | tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...] | None
@@ -85,6 +99,26 @@ class PreferenceRow:
     chosen: Prompt
     rejected: Prompt
     tools: Tools = None
+    weight: float = 1.0
+    annotator: str | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankingRow:
+    """Several answers to one prompt and how somebody ranked them.
+
+    Example: RankingRow(where="ranks.jsonl:1", prompt="The sky is", completions=(" blue.", " green."), ranks=(1, 2))
+    """
+
+    where: str
+    prompt: Prompt
+    completions: tuple[Prompt, ...]
+    ranks: tuple[float, ...]
+    """One per completion; lower is better, equal is a tie."""
+    tools: Tools = None
+    weight: float = 1.0
+    annotator: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +133,12 @@ class UnpairedRow:
     completion: Prompt
     label: bool
     tools: Tools = None
+    weight: float = 1.0
+    annotator: str | None = None
 
 
 SupervisedRow = TextRow | MessagesRow | PromptCompletionRow
+FeedbackRow = PreferenceRow | RankingRow | UnpairedRow
 
 
 def read_supervised(rows: Rows, *, format: Format | None = None) -> Iterator[SupervisedRow]:
@@ -133,33 +170,93 @@ def read_preferences(rows: Rows) -> Iterator[PreferenceRow]:
     tokenizers join a space to the word behind it. A pair whose answers are equal is an error: it says nothing.
     """
     for where, row, _ in _with_format(rows, ("prompt/chosen/rejected",), None):
-        chosen = _text_or_messages(row["chosen"], "column 'chosen'", where)
-        rejected = _text_or_messages(row["rejected"], "column 'rejected'", where)
-        _require_same_kind(chosen, rejected, "'chosen' and 'rejected'", where)
-        if chosen == rejected:
-            raise ValueError(f"{where}: columns 'chosen' and 'rejected' are equal; remove the row")
-        prompt = row.get("prompt")
-        # Some datasets repeat the question as text beside whole conversations: the prompt is implicit there too.
-        if prompt is None or (isinstance(prompt, str) and not isinstance(chosen, str)):
-            prompt, chosen, rejected = _split_shared(chosen, rejected, where)
-        else:
-            prompt = _text_or_messages(prompt, "column 'prompt'", where)
-            _require_same_kind(prompt, chosen, "'prompt' and 'chosen'", where)
-        yield PreferenceRow(where=where, prompt=prompt, chosen=chosen, rejected=rejected, tools=_tools(row, where))
+        yield _preference(row, where)
 
 
 def read_unpaired(rows: Rows) -> Iterator[UnpairedRow]:
     """The rows as single answers with a label (true = wanted)."""
     for where, row, _ in _with_format(rows, ("prompt/completion/label",), None):
-        prompt, completion = _prompt_and(row, "completion", where)
-        label = row["label"]
-        if not isinstance(label, bool) and label not in (0, 1):
-            raise ValueError(
-                f"{where}: column 'label' must be true or false, found {label!r} (values of CSV are text: use JSONL)"
-            )
-        yield UnpairedRow(
-            where=where, prompt=prompt, completion=completion, label=bool(label), tools=_tools(row, where)
+        yield _unpaired(row, where)
+
+
+def read_feedback(rows: Rows, accepted: Sequence[Format]) -> Iterator[FeedbackRow]:
+    """The rows as pairs, rankings or single answers with a label, each file's format decided by its first row."""
+    parsers = {
+        "prompt/chosen/rejected": _preference,
+        "prompt/completions/ranks": _ranking,
+        "prompt/completion/label": _unpaired,
+    }
+    for where, row, found in _with_format(rows, accepted, None):
+        yield parsers[found](row, where)
+
+
+def _preference(row: Mapping[str, Any], where: str) -> PreferenceRow:
+    chosen = _text_or_messages(row["chosen"], "column 'chosen'", where)
+    rejected = _text_or_messages(row["rejected"], "column 'rejected'", where)
+    _require_same_kind(chosen, rejected, "'chosen' and 'rejected'", where)
+    if chosen == rejected:
+        raise ValueError(f"{where}: columns 'chosen' and 'rejected' are equal; remove the row")
+    prompt = row.get("prompt")
+    # Some datasets repeat the question as text beside whole conversations: the prompt is implicit there too.
+    if prompt is None or (isinstance(prompt, str) and not isinstance(chosen, str)):
+        prompt, chosen, rejected = _split_shared(chosen, rejected, where)
+    else:
+        prompt = _text_or_messages(prompt, "column 'prompt'", where)
+        _require_same_kind(prompt, chosen, "'prompt' and 'chosen'", where)
+    margin = None if row.get("margin") is None else _number(row["margin"], "margin", where)
+    return PreferenceRow(
+        where=where, prompt=prompt, chosen=chosen, rejected=rejected, margin=margin, **_source(row, where)
+    )
+
+
+def _unpaired(row: Mapping[str, Any], where: str) -> UnpairedRow:
+    prompt, completion = _prompt_and(row, "completion", where)
+    label = row["label"]
+    if not isinstance(label, bool) and label not in (0, 1):
+        raise ValueError(
+            f"{where}: column 'label' must be true or false, found {label!r} (values of CSV are text: use JSONL)"
         )
+    return UnpairedRow(where=where, prompt=prompt, completion=completion, label=bool(label), **_source(row, where))
+
+
+def _ranking(row: Mapping[str, Any], where: str) -> RankingRow:
+    prompt = _text_or_messages(row["prompt"], "column 'prompt'", where)
+    values, ranks = row["completions"], row["ranks"]
+    if not isinstance(values, list) or not isinstance(ranks, list) or len(values) != len(ranks) or len(values) < 2:
+        raise ValueError(f"{where}: columns 'completions' and 'ranks' must be lists of one length, of two or more")
+    completions: list[Prompt] = []
+    for number, value in enumerate(values, start=1):
+        name = f"column 'completions', number {number}"
+        # Unlike a written answer, one that a policy sampled may be empty: it stopped at once, and was ranked for it.
+        text = value if value == "" else _text_or_messages(value, name, where)
+        if isinstance(text, str) and not isinstance(prompt, str):
+            text = ({"role": "assistant", "content": text},)
+        _require_same_kind(prompt, text, "'prompt' and 'completions'", where)
+        completions.append(text)
+    return RankingRow(
+        where=where,
+        prompt=prompt,
+        completions=tuple(completions),
+        ranks=tuple(_number(rank, "ranks", where) for rank in ranks),
+        **_source(row, where),
+    )
+
+
+def _source(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What every preference may say of itself: whose it is, how much it counts, which tools the prompt had."""
+    weight = 1.0 if row.get("weight") is None else _number(row["weight"], "weight", where)
+    if weight < 0:
+        raise ValueError(f"{where}: column 'weight' must not be negative, found {weight}")
+    annotator = row.get("annotator")
+    if annotator is not None and not isinstance(annotator, str):
+        raise ValueError(f"{where}: column 'annotator' must be a name, found {annotator!r}")
+    return {"weight": weight, "annotator": annotator, "tools": _tools(row, where)}
+
+
+def _number(value: Any, column: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{where}: column {column!r} must hold finite numbers, found {value!r}")
+    return float(value)
 
 
 def detect_format(columns: Sequence[str], accepted: Sequence[Format], where: str) -> Format:

@@ -5,12 +5,15 @@ T is the number of label positions; an example of n tokens takes n - 1 of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from strop.types import PackedBatch, Segment
+
+Tree = tuple[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[bool]]]
+"""A prompt's tokens, its completions' tokens, and which of those count."""
 
 
 def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> PackedBatch:
@@ -86,3 +89,57 @@ def fill(order: np.ndarray, lengths: np.ndarray, capacity: int) -> list[np.ndarr
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def pack_completions(trees: Iterable[Tree]) -> PackedBatch:
+    """Prompts with their completions, each prompt once, for log-probabilities of the completions.
+
+    The prompt's last token opens each branch, so that every label belongs to exactly one position (PackedBatch's
+    example). loss_mask_T is the completions' own masks, in order.
+    """
+    token_ids: list[int] = []
+    labels: list[int] = []
+    loss_mask: list[bool] = []
+    segments: list[Segment] = []
+    for prompt, completions, masks in trees:
+        assert len(prompt) and all(len(completion) for completion in completions), "a prompt or completion is empty"
+        token_ids.extend(prompt[:-1])
+        labels.extend(prompt[1:])
+        loss_mask.extend([False] * (len(prompt) - 1))
+        for completion, mask in zip(completions, masks, strict=True):
+            token_ids.extend((prompt[-1], *completion[:-1]))
+            labels.extend(completion)
+            loss_mask.extend(mask)
+        segments.append(Segment(trunk=len(prompt) - 1, branches=tuple(map(len, completions))))
+    return _packed(token_ids, labels, loss_mask, segments)
+
+
+def pack_scored(trees: Iterable[Tree]) -> PackedBatch:
+    """Prompts with their completions, each prompt once, for a score of each whole text.
+
+    loss_mask_T is True at every completion's last token and nowhere else: there a reward model reads its score, so that
+    the last token must be among the inputs, unlike in pack_completions. labels_T means nothing here.
+    """
+    token_ids: list[int] = []
+    loss_mask: list[bool] = []
+    segments: list[Segment] = []
+    for prompt, completions, _ in trees:
+        assert all(len(completion) for completion in completions), "a completion is empty"
+        token_ids.extend(prompt)
+        loss_mask.extend([False] * len(prompt))
+        for completion in completions:
+            token_ids.extend(completion)
+            loss_mask.extend([False] * (len(completion) - 1) + [True])
+        segments.append(Segment(trunk=len(prompt), branches=tuple(map(len, completions))))
+    return _packed(token_ids, token_ids, loss_mask, segments)
+
+
+def _packed(
+    token_ids: Sequence[int], labels: Sequence[int], loss_mask: Sequence[bool], segments: Sequence[Segment]
+) -> PackedBatch:
+    return PackedBatch(
+        token_ids_T=torch.tensor(token_ids, dtype=torch.int64),
+        labels_T=torch.tensor(labels, dtype=torch.int64),
+        loss_mask_T=torch.tensor(loss_mask, dtype=torch.bool),
+        segments=tuple(segments),
+    )

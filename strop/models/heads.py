@@ -17,6 +17,9 @@ from strop.models.huggingface import config_from_dict
 from strop.models.loading import read_module, write_module
 from strop.types import PackedBatch
 
+SCALE_KEYS = ("reward_mean", "reward_std")
+"""Of "strop_reward" in config.json."""
+
 
 class ScalarModel(nn.Module):
     """A decoder whose head gives one number per position instead of logits.
@@ -46,6 +49,15 @@ class ScalarModel(nn.Module):
         """float32, shape (T,): the score of the text up to and including each packed token."""
         return (self.backbone.hidden(batch) @ self.score.weight[0]).float()
 
+    def scores_R(self, batch: PackedBatch) -> Tensor:
+        """Shape (R,), float32 at least: the scores at the True positions of loss_mask_T (data.pack_scored marks ends).
+
+        The product is taken in float32: rounded to bfloat16, scores near 4 would come in steps of 1/32.
+        """
+        hidden_RD = self.backbone.hidden(batch)[batch.loss_mask_T]
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        return hidden_RD.to(wide) @ self.score.weight[0].to(wide)
+
 
 def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
     """A copy of the decoder with a fresh head from N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020, appendix B.1)."""
@@ -58,6 +70,12 @@ def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
     with torch.no_grad():
         scalar.score.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
     return scalar
+
+
+def is_scalar_folder(folder: str | Path) -> bool:
+    """Whether a model folder holds a sequence classifier, and not a language model."""
+    architectures = read_json(Path(folder) / "config.json").get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in architectures)
 
 
 def load_scalar_model(
@@ -77,10 +95,16 @@ def save_scalar_model(
     model: ScalarModel,
     folder: str | Path,
     *,
+    reward_scale: tuple[float, float] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the folder that load_scalar_model and AutoModelForSequenceClassification open; `weights` as save_model."""
+    """Write the folder that load_scalar_model and AutoModelForSequenceClassification open; `weights` as save_model.
+
+    reward_scale is (mean, deviation) of the scores of reference completions, which preferences leave open; it goes into
+    config.json for whoever wants (score - mean) / deviation. The head is left as it is.
+    """
+    scale = {} if reward_scale is None else {"strop_reward": dict(zip(SCALE_KEYS, reward_scale, strict=True))}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_module(
@@ -88,7 +112,11 @@ def save_scalar_model(
         model.config,
         folder,
         task="SequenceClassification",
-        extra_config={"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+        extra_config={
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+            **scale,
+        },
         weights=weights,
         max_shard_bytes=max_shard_bytes,
     )

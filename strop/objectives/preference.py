@@ -153,6 +153,17 @@ def bco_loss(
     return -logsigmoid(beta * chosen_logratios_B - shift) - logsigmoid(shift - beta * rejected_logratios_B)
 
 
+def bco_unpaired_loss(
+    logratios_B: Tensor, is_desirable_B: Tensor, *, beta: float, shift: float | Tensor = 0.0
+) -> Tensor:
+    """bco_loss of single completions labelled good (True) or bad: -log sigmoid(+-(beta h - shift)) (Jung 2024, eq. 9).
+
+    log 2 at policy = reference; a pair's loss is the sum of its two.
+    """
+    rewards_B = beta * logratios_B - shift
+    return -logsigmoid(torch.where(is_desirable_B, rewards_B, -rewards_B))
+
+
 def sppo_loss(chosen_logratios_B: Tensor, rejected_logratios_B: Tensor, *, beta: float) -> Tensor:
     """(h_c - 1 / (2 beta))^2 + (h_r + 1 / (2 beta))^2, with hard win rates of 1 and 0 (SPPO; Wu et al. 2024).
 

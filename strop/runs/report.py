@@ -17,7 +17,7 @@ from strop.runs.folder import RunFolder
 from strop.runs.metrics import read_lines
 from strop.runs.report_page import PAGE
 
-HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score")
+HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score", "accuracy")
 """The first of them that a run logged as eval/NAME stands in the table."""
 
 CURVES = {
@@ -25,6 +25,7 @@ CURVES = {
     "eval/bits_per_byte": "held-out bits per byte",
     "eval/loss": "held-out loss, nats per token",
     "eval/score": "held-out score",
+    "eval/accuracy": "agreement with held-out preferences",
     "reward": "reward",
     "reward_penalised": "reward after penalties for KL and missing EOS",
     "loss": "training loss, nats per token",
@@ -44,6 +45,10 @@ CURVES = {
     "update_kl": "KL of a rollout's updates, nats per token",
     "ptx_loss": "language-modelling loss beside PPO's, nats per token",
     "engine_gap": "gap between engine and trainer, nats per token",
+    "accuracy": "agreement with the step's preferences",
+    "margin": "better answer's score or implicit reward minus the worse one's",
+    "logprob_chosen": "logprob of the better answers, nats per token",
+    "logprob_rejected": "logprob of the worse answers, nats per token",
     "grad_norm": "gradient norm",
     "critic_grad_norm": "gradient norm of the critic",
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from strop.data import Examples, PackedBatches, PretrainBatches, split_packed
+from strop.data import Examples, split_packed
+from strop.data.batches import Batches
 from strop.models.interface import CausalLM
 from strop.models.logprobs import packed_logprobs
 from strop.objectives.aggregate import masked_sum
@@ -73,7 +75,7 @@ def mean_loss(model: CausalLM, batches: Sequence[PackedBatch], *, micro_batch_to
     return total / count
 
 
-def restore(start: Start, optimizer: AdamW, batches: PackedBatches | PretrainBatches, skipped: SkippedSteps) -> None:
+def restore(start: Start, optimizer: AdamW, batches: Batches[Any], skipped: SkippedSteps) -> None:
     """Put back what the run's newest checkpoint kept, if there is one."""
     if state := start.training_state():
         tensors, values = state

@@ -27,9 +27,10 @@ from strop.cli.main import main
 torch.set_num_threads(1)
 os.environ["STROP_PROGRESS"] = "off"
 RECIPE = sys.argv[1]
-STAGE = RECIPE.split("-")[0]
-module = importlib.import_module(f"strop.stages.{STAGE}")
-CALL = [STAGE, f"{RECIPE}.toml"]
+STAGE = RECIPE.partition(":")[0]
+module = importlib.import_module(f"strop.stages.{STAGE.replace('-', '_')}")
+SAVE = "save_scalar_model" if STAGE == "reward-model" else "save_model"
+CALL = [STAGE, f"{RECIPE.replace(':', '-')}.toml"]
 
 def in_child(*flags, kill_after=None, in_save=None, stop=None):
     "The child's exit code, -9 for a kill. in_save: the number of the save in whose middle it dies."
@@ -53,14 +54,14 @@ def in_child(*flags, kill_after=None, in_save=None, stop=None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def arrange(in_save, stop):
-    real, count = module.save_model, 0
-    def save_model(model, folder):
+    real, count = getattr(module, SAVE), 0
+    def save_model(model, folder, **options):
         nonlocal count
         count += 1
-        real(model, folder)
+        real(model, folder, **options)
         if count == in_save:
             os.kill(os.getpid(), signal.SIGKILL)
-    module.save_model = save_model
+    setattr(module, SAVE, save_model)
     if stop:
         from strop.runs import RunFolder
         log = RunFolder.log
@@ -122,6 +123,44 @@ save_every = 4
 dtype = "bfloat16"
 optimizer = { lr = 3e-3, schedule = "cosine", weight_decay = 0.1 }
 """
+REWARD_MODEL = """
+from = "tiny"
+data = "ranks.jsonl"
+eval_data = "ranks.jsonl"
+num_steps = 9
+batch_size = 5
+micro_batch_tokens = 64
+eval_every = 4
+save_every = 4
+dtype = "bfloat16"
+optimizer = { lr = 3e-3, schedule = "cosine" }
+"""
+DPO = """
+from = "tiny"
+data = "ranks.jsonl"
+eval_data = "ranks.jsonl"
+loss = "bco"
+num_steps = 9
+batch_size = 3
+micro_batch_tokens = 64
+max_length = 32
+eval_every = 4
+save_every = 4
+dtype = "bfloat16"
+optimizer = { lr = 3e-3, schedule = "cosine" }
+"""
+ONLINE = """
+from = "tiny"
+rewards = [{ name = "length", options = { target_tokens = 3, width = 3 } }]
+num_steps = 9
+batch_size = 4
+reference_refresh_steps = 5
+save_every = 4
+dtype = "float32"
+online = { tasks = "tasks.jsonl", group_size = 4, pairs = "all" }
+sampling = { max_new_tokens = 5, stop = ["a", "e", "o", "t", "u", "n", "r", "i", "h"] }
+optimizer = { lr = 3e-3, schedule = "linear" }
+"""
 GRPO = """
 from = "tiny"
 tasks = "tasks.jsonl"
@@ -178,16 +217,19 @@ RECIPES = {
     "pretrain": PRETRAIN,
     "sft": SFT,
     "grpo": GRPO,
-    "sft-lora": SFT_LORA,
-    "grpo-lora": GRPO_LORA,
+    "sft:lora": SFT_LORA,
+    "grpo:lora": GRPO_LORA,
+    "reward-model": REWARD_MODEL,
     "ppo": PPO + PPO_OWN,
-    "ppo-shared": PPO + PPO_SHARED,
+    "ppo:shared": PPO + PPO_SHARED,
+    "dpo": DPO,
+    "dpo:online": ONLINE,
 }
 
 
 @pytest.fixture(scope="module", params=RECIPES)
 def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
+    root = tmp_path_factory.mktemp(request.param.replace(":", ""))
     shutil.copytree(tiny_folder, root / "tiny")
     # A stop token that only the model's config names: the run's own checkpoints get a generation_config.json with it,
     # and a resumed run must not end its completions there, since the run did not before.
@@ -203,8 +245,11 @@ def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: py
     (root / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = [{"prompt": row["prompt"], "answer": row["completion"]} for row in rows[:10]]
     (root / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    answers = [[f" {word}" for word in words[place:] + words[: place // 2]] for place in range(5)]
+    ranks = [{"prompt": "the", "completions": own, "ranks": [len(text) for text in own]} for own in answers]
+    (root / "ranks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranks * 4))
     for name, recipe in RECIPES.items():
-        (root / f"{name}.toml").write_text(recipe)
+        (root / f"{name.replace(':', '-')}.toml").write_text(recipe)
     if request.param == "ppo":
         save_reward_model(tiny_folder, root / "rm")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
