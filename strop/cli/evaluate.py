@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from strop.cli.frozen import FrozenModel, ModelArguments, SamplingArguments, frozen_model, sampling_params
+
+if TYPE_CHECKING:
+    from strop.rewards.config import RewardConfig
 
 INTERVAL_ENDS = ("_low", "_high")
 
@@ -21,7 +26,8 @@ class Arguments(ModelArguments, SamplingArguments):
     tasks: str | None = None
     """Tasks: JSONL, Parquet or hf:NAME with a prompt column and what the reward needs (an answer column, say)."""
     reward: str | None = None
-    """What judges the answers: math, format, length, or a function as module:name or file.py:name."""
+    """What judges the answers: math, format, length, a function as module:name or file.py:name, or a recipe's table
+    such as '{ name = "model", options = { model = "RUN" } }'."""
     num_samples: int = 1
     """Answers per task."""
     k: tuple[int, ...] = (1,)
@@ -64,10 +70,12 @@ def evaluate(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]:
     from strop.data.tasks import tasks_from_rows
     from strop.evals.tasks import evaluate_tasks
     from strop.rewards.load import load_reward
+    from strop.stages.begin import located_rewards
 
     assert arguments.tasks is not None and arguments.reward is not None
     tasks = tasks_from_rows(load_rows(arguments.tasks))[: arguments.limit]
-    reward = load_reward(arguments.reward)
+    (config,), _ = located_rewards([reward_config(arguments.reward)], arguments.runs_dir, arguments.device)
+    reward = load_reward(config)
     try:
         report = evaluate_tasks(
             frozen.engine,
@@ -96,6 +104,20 @@ def evaluate(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]:
         ]
         write_json_lines(arguments.output, lines)
     return report.metrics
+
+
+def reward_config(text: str) -> RewardConfig:
+    """--reward as a recipe would have it. ValueError for a table that a recipe could not have."""
+    from strop.cli.config import build, read_values
+    from strop.rewards.config import RewardConfig
+
+    table: dict[str, Any] = {"name": text}
+    if text.lstrip().startswith("{"):
+        try:
+            table = tomllib.loads(f"reward = {text}")["reward"]
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"--reward {text}: not a TOML table: {error}") from error
+    return build(RewardConfig, read_values(table, RewardConfig, "--reward"), "--reward")
 
 
 def metric_lines(metrics: Mapping[str, float]) -> list[str]:

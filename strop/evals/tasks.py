@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from strop.evals.intervals import mean_interval
 from strop.generation import Engine
 from strop.objectives.pass_at_k import pass_at_k
-from strop.rewards.base import HasAnswers, Reward
+from strop.rewards.base import HasAnswers, ReadsTokens, Reward
 from strop.rollouts.prompts import encode_prompt
 from strop.runs.seeds import derive_seed
 from strop.tokenizer import Tokenizer
@@ -57,6 +57,7 @@ def evaluate_tasks(
     "maj@n" (the answer most samples agree on is right; n = num_samples), mean score, mean length in tokens, share of
     truncated answers, and "infra_errors": answers whose verifier broke. Those are left out of the task's sample, a
     task with fewer than k left is left out of pass@k, and one with none left of everything: "num_unjudged" counts it.
+    A reward model, which is bound here, knows degrees only: no answer of its is right, so there is no pass@k or maj@n.
     Raises ValueError, before any work, when a k exceeds num_samples, there is no task, or a prompt is too long (naming
     the task), and RuntimeError when no answer at all could be judged.
     """
@@ -75,6 +76,13 @@ def evaluate_tasks(
         )
         for index, task in enumerate(tasks)
     ]
+    if isinstance(reward, ReadsTokens):
+        if tuple(k) != (1,):
+            raise ValueError(
+                f"{reward.name} gives degrees, not right or wrong, so that there is no pass@k: leave k out"
+            )
+        longest = max(len(request.prompt_ids) for request in requests)
+        reward.bind(tokenizer, longest + sampling.max_new_tokens)
     groups = engine.generate(requests)
     flat_tasks = [task for task in tasks for _ in range(num_samples)]
     flat_completions = [completion for group in groups for completion in group]
@@ -90,6 +98,23 @@ def evaluate_tasks(
     judged = [group for group in per_task if group]
     if not judged:
         raise RuntimeError(f"no answer could be judged; the first failure: {verdicts[0].detail}")
+    metrics = {} if isinstance(reward, ReadsTokens) else _successes(reward, judged, num_samples, k)
+    lengths = [len(sample.completion.token_ids) for sample in samples]
+    valid = [sample for group in judged for sample in group]
+    metrics |= {
+        "score": sum(sample.verdict.score for sample in valid) / len(valid),
+        "mean_length": sum(lengths) / len(lengths),
+        "truncated": sum(sample.completion.finish_reason == "length" for sample in samples) / len(samples),
+        "infra_errors": len(samples) - len(valid),
+        "num_tasks": len(tasks),
+        "num_unjudged": len(per_task) - len(judged),
+    }
+    return TaskReport(metrics=metrics, samples=samples)
+
+
+def _successes(
+    reward: Reward, judged: Sequence[Sequence[Sample]], num_samples: int, k: Sequence[int]
+) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for value in k:
         rates = [
@@ -104,17 +129,7 @@ def evaluate_tasks(
         votes = [float(_majority(reward, group)) for group in judged]
         metrics[f"maj@{num_samples}"] = sum(votes) / len(votes)
         metrics[f"maj@{num_samples}_low"], metrics[f"maj@{num_samples}_high"] = mean_interval(votes)
-    lengths = [len(sample.completion.token_ids) for sample in samples]
-    valid = [sample for group in judged for sample in group]
-    metrics |= {
-        "score": sum(sample.verdict.score for sample in valid) / len(valid),
-        "mean_length": sum(lengths) / len(lengths),
-        "truncated": sum(sample.completion.finish_reason == "length" for sample in samples) / len(samples),
-        "infra_errors": len(samples) - len(valid),
-        "num_tasks": len(tasks),
-        "num_unjudged": len(per_task) - len(judged),
-    }
-    return TaskReport(metrics=metrics, samples=samples)
+    return metrics
 
 
 def _majority(reward: Reward, group: Sequence[Sample]) -> bool:

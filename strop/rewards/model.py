@@ -53,9 +53,10 @@ class ModelReward:
 
         max_length is the longest prompt and completion together, in tokens.
         """
-        own = Tokenizer.load(self._folder)
+        is_checked = tokenizer is self._tokenizer
+        own = tokenizer if is_checked else Tokenizer.load(self._folder)
         own.check_fits(self._model.config.vocab_size)
-        if not tokenizer.has_same_ids(own):
+        if not is_checked and not tokenizer.has_same_ids(own):
             raise ValueError(
                 f"reward {self.name!r}: the tokenizer of {self._folder} is not the policy's, so that its model would "
                 "read other words than were sampled: train the reward model from a checkpoint of the policy's family"
@@ -70,7 +71,8 @@ class ModelReward:
 
     @torch.no_grad()
     def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
-        assert self._tokenizer is not None, "bind comes before score"
+        if self._tokenizer is None:
+            raise ValueError(f"reward {self.name!r} reads tokens and was never told whose: call bind before score")
         trees: list[_Tree] = []
         for _, group in groupby(zip(tasks, completions, strict=True), key=lambda pair: pair[0].id):
             pairs = list(group)

@@ -36,10 +36,11 @@ from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rewards.base import WeightedRewards
 from strop.rewards.load import load_rewards
 from strop.rollouts.groups import Group
-from strop.rollouts.prompts import encode_prompts
+from strop.rollouts.prompts import encode_prompts, longest_prompt
 from strop.rollouts.report import rollout_metrics
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
-from strop.stages.begin import chosen_dtype, kept_tokenizer
+from strop.stages import held_out
+from strop.stages.begin import chosen_dtype, kept_tokenizer, located_rewards
 from strop.stages.compared import micro_batches
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_data import mismatched, read_comparisons
@@ -50,7 +51,7 @@ from strop.stages.dpo_loss import (
     micro_loss,
     policy_answers,
 )
-from strop.stages.dpo_measure import evaluate_answers, evaluate_preferences, preference_metrics
+from strop.stages.dpo_measure import evaluate_preferences, preference_metrics
 from strop.stages.dpo_online import sample_comparisons, sample_rows
 from strop.stages.dpo_reference import LiveReference, Reference, covers, make_reference
 from strop.stages.supervised import save_failed_batch
@@ -139,8 +140,9 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
         "eval_tasks": config.eval_tasks,
     }
     rows = {field: load_rows(source) for field, source in sources.items() if source}
+    rewards, reward_hashes = located_rewards(config.rewards, runs_dir, config.device)
     with contextlib.ExitStack() as stack:
-        reward = stack.enter_context(load_rewards(config.rewards)) if config.rewards else None
+        reward = stack.enter_context(load_rewards(rewards)) if rewards else None
         tasks = {
             field: tasks_from_rows(rows[field]) if field in rows else [] for field in ("online.tasks", "eval_tasks")
         }
@@ -149,8 +151,8 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
             reward.check_tasks([task for own in tasks.values() for task in own])
         start = start_run(
             runs_dir, name, stage="dpo", config=config, init_from=config.init_from,
-            data_hashes={field: own.content_hash for field, own in rows.items()}, seed=config.seed, resume=resume,
-            keeps_parent=config.keeps_reference
+            data_hashes={field: own.content_hash for field, own in rows.items()} | reward_hashes, seed=config.seed,
+            resume=resume, keeps_parent=config.keeps_reference
             or (config.needs_reference and not covers(runs_dir / name, config.num_steps)),
         )  # fmt: skip
         with start, Interrupt() as interrupt:
@@ -167,26 +169,26 @@ def _train(
     tasks: Mapping[str, Sequence[Task]],
 ) -> None:
     run = start.run
-    actors, batches, held_out = prepare(config, start, reward, rows, tasks)
+    actors, batches, eval_data = prepare(config, start, reward, rows, tasks)
     skipped = SkippedSteps(config.optimizer.max_skipped_steps)
     restore(start, actors, batches, skipped)
 
     def evaluate() -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if held_out is not None:
+        if eval_data is not None:
             metrics |= evaluate_preferences(
                 actors.policy,
                 actors.reference,
-                held_out,
+                eval_data,
                 config,
                 prefers_longer=actors.prefers_longer,
                 bco_shift=actors.bco_shift,
             )
         if tasks["eval_tasks"]:
-            metrics |= evaluate_answers(actors.engine, actors.tokenizer, reward, tasks["eval_tasks"], config)
+            metrics |= evaluate_answers(actors, tasks["eval_tasks"], config)
         return metrics
 
-    has_eval = held_out is not None or bool(tasks["eval_tasks"])
+    has_eval = eval_data is not None or bool(tasks["eval_tasks"])
     if start.resumed is None and has_eval:
         run.log(0, evaluate())
     with Progress("dpo", total_steps=config.num_steps, start_step=start.step) as progress:
@@ -230,10 +232,12 @@ def prepare(
     tokenizer.check_fits(policy.config.vocab_size)
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(tasks["online.tasks"], tokenizer, config.sampling.max_new_tokens, limit)
-    encode_prompts(tasks["eval_tasks"], tokenizer, config.sampling.max_new_tokens, limit)
+    eval_ids = encode_prompts(tasks["eval_tasks"], tokenizer, config.sampling.max_new_tokens, limit)
     check_room(prompt_ids, config)
+    if reward is not None:
+        reward.bind(tokenizer, longest_prompt(prompt_ids, eval_ids) + config.sampling.max_new_tokens)
     data = read_comparisons(rows["data"], tokenizer, limit, config) if "data" in rows else Comparisons([])
-    held_out = read_comparisons(rows["eval_data"], tokenizer, limit, config) if "eval_data" in rows else None
+    eval_data = read_comparisons(rows["eval_data"], tokenizer, limit, config) if "eval_data" in rows else None
     lenders: dict[str, Comparison] = {}
     if config.loss == "kto" and not config.is_online:
         max_tokens = min(config.max_length, config.micro_batch_tokens)
@@ -245,7 +249,7 @@ def prepare(
         batches = ComparisonBatches(data, batch_size=config.batch_size, seed=derive_seed(config.seed, "comparisons"))
     actors = Actors(
         policy=policy,
-        reference=make_reference(config, start, policy, batches, lenders, held_out or []),
+        reference=make_reference(config, start, policy, batches, lenders, eval_data or []),
         tokenizer=tokenizer,
         optimizer=config.optimizer.build(policy.named_parameters()),
         engine=Engine(policy, tokenizer, num_slots=config.online.num_slots),
@@ -254,7 +258,7 @@ def prepare(
         lenders=lenders,
         prefers_longer=length_preference(data) if data else None,
     )
-    return actors, batches, held_out
+    return actors, batches, eval_data
 
 
 def check_room(prompt_ids: Mapping[str, tuple[int, ...]], config: Config) -> None:
@@ -302,6 +306,22 @@ def one_step(
         "time/tokens_per_second": num_tokens / seconds,
     }
     return metrics, comparisons, groups
+
+
+def evaluate_answers(actors: Actors, tasks: Sequence[Task], config: Config) -> dict[str, float]:
+    """Held-out figures of the first reward, always with the same seed."""
+    assert actors.reward is not None
+    metrics = held_out.evaluate(
+        actors.engine,
+        actors.tokenizer,
+        tasks,
+        actors.reward,
+        sampling=config.sampling,
+        num_samples=1,
+        seed=derive_seed(config.seed, "eval"),
+    )
+    actors.engine.release()  # offline nobody else does
+    return metrics
 
 
 def save(

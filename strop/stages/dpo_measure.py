@@ -9,16 +9,10 @@ import torch
 
 from strop.data import Comparison
 from strop.evals.comparisons import comparison_metrics
-from strop.evals.tasks import evaluate_tasks
-from strop.generation import Engine
 from strop.models import CausalLM
-from strop.rewards.base import WeightedRewards
-from strop.runs import derive_seed
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_loss import Answers, Baselines, frozen_sums, implicit_rewards
 from strop.stages.dpo_reference import Reference
-from strop.tokenizer import Tokenizer
-from strop.types import Task
 
 
 def preference_metrics(
@@ -80,20 +74,3 @@ def evaluate_preferences(
             if name in found
         }
     return {f"eval/{name}": value for name, value in metrics.items()}
-
-
-def evaluate_answers(
-    engine: Engine, tokenizer: Tokenizer, reward: WeightedRewards | None, tasks: Sequence[Task], config: Config
-) -> dict[str, float]:
-    """Held-out figures of the first reward, as eval/NAME. The seed is always the same: only the policy changes."""
-    assert reward is not None
-    report = evaluate_tasks(
-        engine,
-        tokenizer,
-        tasks,
-        reward.first,
-        sampling=config.sampling.params(tokenizer),
-        seed=derive_seed(config.seed, "eval"),
-    )
-    engine.release()
-    return {f"eval/{name}": value for name, value in report.metrics.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from strop.evals.tasks import evaluate_tasks
 from strop.generation import Engine
-from strop.rewards.base import ReadsTokens, WeightedRewards
+from strop.rewards.base import WeightedRewards
 from strop.rollouts.prompts import Sampling
 from strop.tokenizer import Tokenizer
 from strop.types import Task
@@ -37,10 +37,7 @@ def evaluate(
     num_samples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Held-out figures of the first reward, as eval/NAME. With the same seed only the policy changes.
-
-    A reward model knows degrees only: no answer of its is right, so there is no pass@k or maj@k, but eval/score.
-    """
+    """Held-out figures of the first reward, as eval/NAME. With the same seed only the policy changes."""
     report = evaluate_tasks(
         engine,
         tokenizer,
@@ -50,9 +47,4 @@ def evaluate(
         num_samples=num_samples,
         seed=seed,
     )
-    has_degrees_only = isinstance(reward.first, ReadsTokens)
-    return {
-        f"eval/{name}": value
-        for name, value in report.metrics.items()
-        if not (has_degrees_only and name.startswith(("pass@", "maj@")))
-    }
+    return {f"eval/{name}": value for name, value in report.metrics.items()}

@@ -254,6 +254,67 @@ def test_the_same_recipe_in_ppo_and_in_grpo(here: Path, stage: str, capsys: pyte
     assert "the content of rewards.model has changed" in capsys.readouterr().err
 
 
+ONLINE = """
+from = "tiny"
+rewards = [
+    { name = "model", options = { model = "rm" } },
+    { name = "length", weight = 0.5, options = { target_tokens = 3, width = 3 } },
+]
+num_steps = 2
+batch_size = 4
+dtype = "float32"
+eval_tasks = "tasks.jsonl"
+online = { tasks = "tasks.jsonl", group_size = 2 }
+sampling = { max_new_tokens = 6 }
+optimizer = { lr = 1e-3 }
+"""
+
+
+def test_online_dpo_chooses_by_the_same_reward(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("recipe.toml").write_text(ONLINE)
+    assert main(["dpo", "recipe.toml"]) == 0
+    run = RunFolder.open("runs", "recipe")
+    samples = list(read_lines(run.path / "samples.jsonl"))
+    for sample in samples:
+        parts = sample["parts"]
+        expected = parts["model"]["score"] + 0.5 * parts["length"]["score"]
+        assert sample["reward"] == pytest.approx(expected, abs=1e-5)
+    assert len({sample["parts"]["model"]["score"] for sample in samples}) > 4
+    *_, last = read_lines(run.path / "metrics.jsonl")
+    assert "eval/score" in last and "eval/pass@1" not in last
+    assert "rewards.model" in run.info["data_hashes"]
+    capsys.readouterr()
+    long = ["--name", "long", "--sampling.max-new-tokens", "100", "--micro-batch-tokens", "4096"]
+    set_config(Path("rm"), max_position_embeddings=64)
+    assert main(["dpo", "recipe.toml", *long]) == 2
+    assert "the reward model has only 64 positions" in capsys.readouterr().err
+
+
+def test_eval_judges_by_a_reward_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = '{ name = "model", options = { model = "rm" } }'
+    call = ["eval", "tiny", "--tasks", "tasks.jsonl", "--max-new-tokens", "6", "--dtype", "float32", "--output", "out"]
+    assert main([*call, "--reward", table]) == 0
+    printed = capsys.readouterr().out
+    assert "score" in printed and "pass@" not in printed
+    rows = [json.loads(line) for line in Path("out").read_text().splitlines()]
+    assert len({row["score"] for row in rows}) == len(rows) == 4
+    for reward, message in (
+        ("model", "reward 'model' needs the option 'model'"),
+        ('{ name = "model", option = 3 }', "--reward: unknown key 'option' (did you mean 'options'?)"),
+        ('{ name = "model"', "not a TOML table"),
+        ('{ name = "model", options = { model = "nothing" } }', "'nothing' is neither a run, a run/step, nor a folder"),
+    ):
+        assert main([*call, "--reward", reward]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*call, "--reward", table, "--num-samples", "2", "--k", "2"]) == 2
+    assert "there is no pass@k: leave k out" in capsys.readouterr().err
+
+
+def test_an_unbound_reward_says_so(folder: Path) -> None:
+    with pytest.raises(ValueError, match="was never told whose: call bind before score"):
+        ModelReward(model=str(folder)).score(*judged(Tokenizer.load(folder)))
+
+
 def test_a_run_is_found_by_its_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A PPO run's checkpoint is a policy, which is no reward model; its critic is a scalar model, and opens by path."""
     assert main(["ppo", "recipe.toml"]) == 0
