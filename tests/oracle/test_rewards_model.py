@@ -284,7 +284,7 @@ def test_online_dpo_chooses_by_the_same_reward(here: Path, capsys: pytest.Captur
     assert "eval/score" in last and "eval/pass@1" not in last
     assert "rewards.model" in run.info["data_hashes"]
     capsys.readouterr()
-    long = ["--name", "long", "--sampling.max-new-tokens", "100", "--micro-batch-tokens", "4096"]
+    long = ["--name", "long", "--eval-tasks", "", "--sampling.max-new-tokens", "100", "--micro-batch-tokens", "4096"]
     set_config(Path("rm"), max_position_embeddings=64)
     assert main(["dpo", "recipe.toml", *long]) == 2
     assert "the reward model has only 64 positions" in capsys.readouterr().err
