@@ -15,6 +15,9 @@ VerdictStatus = Literal["ok", "wrong", "unparsed", "timeout", "killed", "infra_e
 Message = Mapping[str, Any]
 """One chat turn in the field's format: {"role": "user", "content": "2 + 2 = ?"}."""
 
+Tree = tuple[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[bool]]]
+"""A prompt's tokens, its completions' tokens, and which of those count: ((5, 6, 7), ((8, 2), (9, 9, 2)), ...)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:

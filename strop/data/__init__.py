@@ -4,7 +4,7 @@ from strop.data.batches import PackedBatches, PretrainBatches, TaskBatches
 from strop.data.comparisons import Comparison, ComparisonBatches, Comparisons, comparisons_from_rows
 from strop.data.examples import Example, Examples, sft_examples
 from strop.data.formats import read_feedback, read_preferences, read_supervised, read_unpaired
-from strop.data.packing import pack, pack_completions, pack_scored, split_packed
+from strop.data.packing import pack, pack_completions, split_packed
 from strop.data.shards import TokenShards, build_shards
 from strop.data.sources import Rows, load_rows, stream_rows, stream_texts
 from strop.data.tasks import tasks_from_rows
@@ -25,7 +25,6 @@ __all__ = [
     "load_rows",
     "pack",
     "pack_completions",
-    "pack_scored",
     "read_feedback",
     "read_preferences",
     "read_supervised",

@@ -15,9 +15,9 @@ import numpy as np
 from strop.data.batches import Batches, epoch_order
 from strop.data.examples import OnTooLong
 from strop.data.formats import FeedbackRow, Format, PreferenceRow, Prompt, RankingRow, UnpairedRow, read_feedback
-from strop.data.packing import Tree
 from strop.data.sources import Rows
 from strop.tokenizer import Tokenizer
+from strop.types import Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

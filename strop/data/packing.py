@@ -5,15 +5,12 @@ T is the number of label positions; an example of n tokens takes n - 1 of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 
-from strop.types import PackedBatch, Segment
-
-Tree = tuple[Sequence[int], Sequence[Sequence[int]], Sequence[Sequence[bool]]]
-"""A prompt's tokens, its completions' tokens, and which of those count."""
+from strop.types import PackedBatch, Segment, Tree
 
 
 def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]]) -> PackedBatch:
@@ -111,32 +108,6 @@ def pack_completions(trees: Iterable[Tree]) -> PackedBatch:
             labels.extend(completion)
             loss_mask.extend(mask)
         segments.append(Segment(trunk=len(prompt) - 1, branches=tuple(map(len, completions))))
-    return _packed(token_ids, labels, loss_mask, segments)
-
-
-def pack_scored(trees: Iterable[Tree]) -> PackedBatch:
-    """Prompts with their completions, each prompt once, for a score of each whole text.
-
-    loss_mask_T is True at every completion's last token and nowhere else: there a reward model reads its score, so that
-    the last token must be among the inputs, unlike in pack_completions. labels_T means nothing here.
-    """
-    token_ids: list[int] = []
-    loss_mask: list[bool] = []
-    segments: list[Segment] = []
-    for prompt, completions, _ in trees:
-        assert all(len(completion) for completion in completions), "a completion is empty"
-        token_ids.extend(prompt)
-        loss_mask.extend([False] * len(prompt))
-        for completion in completions:
-            token_ids.extend(completion)
-            loss_mask.extend([False] * (len(completion) - 1) + [True])
-        segments.append(Segment(trunk=len(prompt), branches=tuple(map(len, completions))))
-    return _packed(token_ids, token_ids, loss_mask, segments)
-
-
-def _packed(
-    token_ids: Sequence[int], labels: Sequence[int], loss_mask: Sequence[bool], segments: Sequence[Segment]
-) -> PackedBatch:
     return PackedBatch(
         token_ids_T=torch.tensor(token_ids, dtype=torch.int64),
         labels_T=torch.tensor(labels, dtype=torch.int64),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,8 @@ from strop.models.decoder import Decoder
 from strop.models.folders import MAX_SHARD_BYTES, check_folder, read_json
 from strop.models.huggingface import config_from_dict
 from strop.models.loading import read_module, write_module
-from strop.types import PackedBatch
-
-SCALE_KEYS = ("reward_mean", "reward_std")
-"""Of "strop_reward" in config.json."""
+from strop.models.reward_scale import RewardScale
+from strop.types import PackedBatch, Segment, Tree
 
 
 class ScalarModel(nn.Module):
@@ -45,18 +43,40 @@ class ScalarModel(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
-    def scores_T(self, batch: PackedBatch) -> Tensor:
-        """float32, shape (T,): the score of the text up to and including each packed token."""
-        return (self.backbone.hidden(batch) @ self.score.weight[0]).float()
-
     def scores_R(self, batch: PackedBatch) -> Tensor:
-        """Shape (R,), float32 at least: the scores at the True positions of loss_mask_T (data.pack_scored marks ends).
+        """Shape (R,), float32 at least: the score of the text up to and including each True position of loss_mask_T.
 
         The product is taken in float32: rounded to bfloat16, scores near 4 would come in steps of 1/32.
         """
         hidden_RD = self.backbone.hidden(batch)[batch.loss_mask_T]
         wide = torch.promote_types(hidden_RD.dtype, torch.float32)
         return hidden_RD.to(wide) @ self.score.weight[0].to(wide)
+
+
+def pack_scored(trees: Iterable[Tree]) -> PackedBatch:
+    """Prompts with their completions, each prompt once, for a score of each whole text.
+
+    loss_mask_T is True at every completion's last token and nowhere else: there a reward model reads its score, so that
+    the last token must be among the inputs, unlike in data.pack_completions. labels_T means nothing here.
+    """
+    token_ids: list[int] = []
+    loss_mask: list[bool] = []
+    segments: list[Segment] = []
+    for prompt, completions, _ in trees:
+        assert all(len(completion) for completion in completions), "a completion is empty"
+        token_ids.extend(prompt)
+        loss_mask.extend([False] * len(prompt))
+        for completion in completions:
+            token_ids.extend(completion)
+            loss_mask.extend([False] * (len(completion) - 1) + [True])
+        segments.append(Segment(trunk=len(prompt), branches=tuple(map(len, completions))))
+    token_ids_T = torch.tensor(token_ids, dtype=torch.int64)
+    return PackedBatch(
+        token_ids_T=token_ids_T,
+        labels_T=token_ids_T,
+        loss_mask_T=torch.tensor(loss_mask, dtype=torch.bool),
+        segments=tuple(segments),
+    )
 
 
 def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
@@ -95,16 +115,16 @@ def save_scalar_model(
     model: ScalarModel,
     folder: str | Path,
     *,
-    reward_scale: tuple[float, float] | None = None,
+    reward_scale: RewardScale | None = None,
     weights: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the folder that load_scalar_model and AutoModelForSequenceClassification open; `weights` as save_model.
 
-    reward_scale is (mean, deviation) of the scores of reference completions, which preferences leave open; it goes into
-    config.json for whoever wants (score - mean) / deviation. The head is left as it is.
+    reward_scale goes into config.json; without it, that of the folder that the model was loaded from stays. The head is
+    left as it is.
     """
-    scale = {} if reward_scale is None else {"strop_reward": dict(zip(SCALE_KEYS, reward_scale, strict=True))}
+    scale = {} if reward_scale is None else reward_scale.fields()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_module(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-
-from strop.models.heads import ScalarModel
 
 CONFIG_KEY = "strop_reward"
 """config.json's {"strop_reward": {"reward_mean": 0.7, "reward_std": 1.9}}."""
@@ -28,10 +27,19 @@ class RewardScale:
     def __call__(self, scores: Tensor) -> Tensor:
         return (scores - self.mean) / self.std
 
+    @classmethod
+    def of(cls, scores: Tensor) -> RewardScale:
+        """That of reference completions with these raw scores; equal scores have no unit of their own, and keep 1."""
+        return cls(mean=float(scores.mean()), std=float(scores.std(correction=0)) or 1.0)
 
-def reward_scale(model: ScalarModel, where: str) -> RewardScale:
-    """What the model's config.json says; scores as they are where it says nothing. ValueError naming `where`."""
-    stored = (model.source_config or {}).get(CONFIG_KEY)
+    def fields(self) -> dict[str, Any]:
+        """What config.json gets."""
+        return {CONFIG_KEY: {"reward_mean": self.mean, "reward_std": self.std}}
+
+
+def read_reward_scale(config: Mapping[str, Any] | None, where: str) -> RewardScale:
+    """What a config.json says; scores as they are where it says nothing. ValueError naming `where`."""
+    stored = (config or {}).get(CONFIG_KEY)
     if stored is None:
         return RewardScale()
     mean, std = _number(stored, "reward_mean"), _number(stored, "reward_std")

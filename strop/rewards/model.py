@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from strop.models.heads import load_scalar_model
-from strop.models.reward_scale import reward_scale
+from strop.models.heads import load_scalar_model, pack_scored
+from strop.models.reward_scale import read_reward_scale
 from strop.tokenizer import Tokenizer
-from strop.types import Completion, PackedBatch, Segment, Task, Verdict
+from strop.types import Completion, Task, Verdict
 
-_Tree = tuple[tuple[int, ...], list[tuple[int, ...]]]
-"""A prompt's tokens, and those of each of its completions."""
+_Tree = tuple[tuple[int, ...], list[tuple[int, ...]], tuple[()]]
+"""A prompt's tokens, those of each of its completions, and no masks: a completion was sampled as a whole."""
 
 
 class ModelReward:
@@ -24,7 +24,8 @@ class ModelReward:
     That is the stop token where there is one, whichever it is, and never padding: there is none, since rows are packed
     and a prompt runs once for all its neighbouring completions. It reads the tokens as they were sampled, not their
     text, which would tokenise differently; so its tokenizer must be the policy's (bind checks it). mean and std are
-    reward_scale's. Runs in this process: a network cannot be talked into anything, unlike a verifier of text.
+    those of its config.json (models/reward_scale.py). Runs in this process: a network cannot be talked into anything,
+    unlike a verifier of text.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ModelReward:
         self.name = name
         self._folder = Path(model)
         self._model = load_scalar_model(self._folder, device=device, frozen=True)
-        self._scale = reward_scale(self._model, str(self._folder / "config.json"))
+        self._scale = read_reward_scale(self._model.source_config, str(self._folder / "config.json"))
         self._micro_batch_tokens = micro_batch_tokens
         self._tokenizer: Tokenizer | None = None
 
@@ -77,11 +78,10 @@ class ModelReward:
         for _, group in groupby(zip(tasks, completions, strict=True), key=lambda pair: pair[0].id):
             pairs = list(group)
             prompt = tuple(self._tokenizer.encode_prompt(pairs[0][0].prompt))
-            trees.append((prompt, [completion.token_ids for _, completion in pairs]))
+            trees.append((prompt, [completion.token_ids for _, completion in pairs], ()))
         verdicts: list[Verdict] = []
         for micro in _micro_batches(trees, self._micro_batch_tokens):
-            batch, last = _packed(micro)
-            scores_R = self._scale(self._model.scores_T(batch.to(self._model.device))[last])
+            scores_R = self._scale(self._model.scores_R(pack_scored(micro).to(self._model.device)))
             verdicts += [_verdict(score) for score in scores_R.tolist()]
         return verdicts
 
@@ -99,7 +99,7 @@ def _micro_batches(trees: Sequence[_Tree], max_tokens: int) -> Iterator[list[_Tr
     """The trees in order, cut where needed, in batches of at most max_tokens (a single completion may exceed it)."""
     batch: list[_Tree] = []
     size = 0
-    for prompt, completions in trees:
+    for prompt, completions, _ in trees:
         is_new = True
         for completion in completions:
             cost = len(completion) + (len(prompt) if is_new else 0)
@@ -108,27 +108,9 @@ def _micro_batches(trees: Sequence[_Tree], max_tokens: int) -> Iterator[list[_Tr
                 batch, size, is_new = [], 0, True
                 cost = len(prompt) + len(completion)
             if is_new:
-                batch.append((prompt, []))
+                batch.append((prompt, [], ()))
                 is_new = False
             batch[-1][1].append(completion)
             size += cost
     if batch:
         yield batch
-
-
-def _packed(trees: Sequence[_Tree]) -> tuple[PackedBatch, torch.Tensor]:
-    """The trees end to end, and the position of each completion's last token. Nothing is predicted: no label counts."""
-    token_ids: list[int] = []
-    segments: list[Segment] = []
-    last: list[int] = []
-    for prompt, completions in trees:
-        token_ids.extend(prompt)
-        for completion in completions:
-            assert completion, "a completion has at least the token that ended it"
-            token_ids.extend(completion)
-            last.append(len(token_ids) - 1)
-        segments.append(Segment(trunk=len(prompt), branches=tuple(map(len, completions))))
-    token_ids_T = torch.tensor(token_ids, dtype=torch.int64)
-    nothing_T = torch.zeros_like(token_ids_T)
-    batch = PackedBatch(token_ids_T=token_ids_T, labels_T=nothing_T, loss_mask_T=nothing_T.bool(), segments=segments)
-    return batch, torch.tensor(last, dtype=torch.int64)

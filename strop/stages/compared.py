@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from strop.data import Comparison, split_packed
-from strop.data.packing import Tree
-from strop.types import PackedBatch
+from strop.types import PackedBatch, Tree
 
 
 def check_fits(comparisons: Sequence[Comparison], *, max_positions: int, micro_batch_tokens: int) -> None:

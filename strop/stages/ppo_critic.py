@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strop.models import CausalLM, Decoder, load_model
 from strop.models.folders import read_json
 from strop.models.heads import ScalarModel, add_scalar_head, load_scalar_model, save_scalar_model
-from strop.models.reward_scale import RewardScale, reward_scale
+from strop.models.reward_scale import RewardScale, read_reward_scale
 from strop.optim import AdamW
 from strop.rollouts.batch import RolloutBatch
 from strop.rollouts.logprobs import rectangular
@@ -45,7 +45,7 @@ class Critic:
     def own_values_R(self, batch: PackedBatch) -> Tensor:
         """float32: the value of the state before each label that counts."""
         assert self.network is not None
-        return self.scale(self.network.scores_T(batch)[batch.loss_mask_T])
+        return self.scale(self.network.scores_R(batch))
 
     def head_values_R(self, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
         """The same, from the policy's hidden states."""
@@ -115,7 +115,7 @@ def make_critic(
         start.settle("critic", lambda: "own network, from the policy's weights and a head of zeros")
     where = f"{saved or config.critic.start or 'the policy'}/config.json"
     optimizer = config.critic_optimizer.build(network.named_parameters())
-    return Critic(network=network, scale=reward_scale(network, where), optimizer=optimizer)
+    return Critic(network=network, scale=read_reward_scale(network.source_config, where), optimizer=optimizer)
 
 
 def check_critic(network: ScalarModel, folder: Path, policy: CausalLM, tokenizer: Tokenizer) -> None:

@@ -27,14 +27,21 @@ from strop.data import (
     Rows,
     comparisons_from_rows,
     load_rows,
-    pack_scored,
     sft_examples,
 )
 from strop.data.comparisons import Answer
 from strop.data.formats import COMPARED
 from strop.evals.comparisons import comparison_metrics, length_preference
 from strop.models import Decoder, load_model
-from strop.models.heads import ScalarModel, add_scalar_head, is_scalar_folder, load_scalar_model, save_scalar_model
+from strop.models.heads import (
+    ScalarModel,
+    add_scalar_head,
+    is_scalar_folder,
+    load_scalar_model,
+    pack_scored,
+    save_scalar_model,
+)
+from strop.models.reward_scale import RewardScale
 from strop.objectives.aggregate import masked_sum
 from strop.objectives.reward_model import kwise_loss, pair_centring, plackett_luce_loss
 from strop.optim import AdamW, SkippedSteps, optimizer_step
@@ -173,8 +180,7 @@ def _train(config: Config, start: Start, interrupt: Interrupt, rows: Mapping[str
 
     def write_model(folder: Path) -> None:
         reference = np.concatenate(score_all(model, references, max_tokens=config.micro_batch_tokens))
-        scale = float(reference.mean()), float(reference.std()) or 1.0
-        save_scalar_model(model, folder, reward_scale=scale)
+        save_scalar_model(model, folder, reward_scale=RewardScale.of(torch.from_numpy(reference)))
         tokenizer.save(folder)
 
     if start.resumed is None and held_out is not None:

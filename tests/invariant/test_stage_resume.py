@@ -268,13 +268,12 @@ def runs(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: py
 def save_reward_model(tiny_folder: Path, folder: Path) -> None:
     from strop.models import load_model
     from strop.models.heads import add_scalar_head, save_scalar_model
+    from strop.models.reward_scale import RewardScale
     from strop.tokenizer import Tokenizer
 
-    save_scalar_model(add_scalar_head(load_model(tiny_folder), seed=3), folder)  # type: ignore[arg-type]
+    model = add_scalar_head(load_model(tiny_folder), seed=3)  # type: ignore[arg-type]
+    save_scalar_model(model, folder, reward_scale=RewardScale(mean=0.1, std=2.0))
     Tokenizer.load(tiny_folder).save(folder)
-    config = json.loads((folder / "config.json").read_text())
-    scale = {"reward_mean": 0.1, "reward_std": 2.0}
-    (folder / "config.json").write_text(json.dumps({**config, "strop_reward": scale}))
 
 
 def last(runs_dir: Path, name: str) -> Checkpoint:

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from strop.models import load_model
-from strop.models.heads import add_scalar_head, save_scalar_model
+from strop.models.heads import add_scalar_head, pack_scored, save_scalar_model
+from strop.models.reward_scale import RewardScale
 from strop.objectives.reward_model import bradley_terry_loss
 from strop.optim import OptimizerConfig, optimizer_step
 from strop.rewards.config import RewardConfig
@@ -24,7 +25,7 @@ from strop.stages import ppo, sft
 from strop.stages.held_out import Evaluation
 from strop.stages.ppo_config import Config, CriticConfig
 from strop.tokenizer import Tokenizer
-from strop.types import PackedBatch, Segment
+from strop.types import Tree
 
 REWARD = """
 def exact(completions, answer, **_):
@@ -168,34 +169,20 @@ def reward_model(task: Task, name: str, rows: Sequence[dict[str, str]], *, num_s
     draw = random.Random(2)
     scores = torch.zeros(0)
     for step in range(num_steps):
-        token_ids: list[int] = []
-        segments: list[Segment] = []
-        last: list[int] = []
+        trees: list[Tree] = []
         for row in draw.sample(rows, 32):
-            prompt = tokenizer.encode_prompt(row["prompt"])
             other = tokenizer.encode(draw.choice([digit for digit in "0123456789" if digit != row["answer"]]))
             if draw.random() < 0.3:  # what no person would prefer, so that it pays in no reward model either
                 other = [draw.randrange(1, 300) for _ in range(draw.randint(1, 3))]
-            branches = [[*ids, tokenizer.eos_id] for ids in (tokenizer.encode(row["answer"]), other)]
-            token_ids += prompt
-            for branch in branches:
-                token_ids += branch  # type: ignore[arg-type]
-                last.append(len(token_ids) - 1)
-            segments.append(Segment(trunk=len(prompt), branches=tuple(map(len, branches))))
-        ids_T = torch.tensor(token_ids)
-        batch = PackedBatch(
-            token_ids_T=ids_T, labels_T=ids_T, loss_mask_T=torch.zeros_like(ids_T, dtype=torch.bool), segments=segments
-        )
-        scores_P2 = model.scores_T(batch)[last].view(-1, 2)
+            pair = [[*ids, *tokenizer.stop_token_ids[:1]] for ids in (tokenizer.encode(row["answer"]), other)]
+            trees.append((tokenizer.encode_prompt(row["prompt"]), pair, ()))
+        scores_P2 = model.scores_R(pack_scored(trees)).view(-1, 2)
         bradley_terry_loss(scores_P2[:, 0], scores_P2[:, 1], centring_coef=0.01).mean().backward()
         optimizer_step(optimizer, lr=2e-3 * (1 - step / num_steps), max_grad_norm=1.0)
         scores = scores_P2.detach()
     folder = task.folder / name
-    save_scalar_model(model, folder)
+    save_scalar_model(model, folder, reward_scale=RewardScale.of(scores))
     tokenizer.save(folder)
-    config = json.loads((folder / "config.json").read_text())
-    scale = {"reward_mean": float(scores.mean()), "reward_std": float(scores.std())}
-    (folder / "config.json").write_text(json.dumps({**config, "strop_reward": scale}))
     return str(folder)
 
 

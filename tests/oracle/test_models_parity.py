@@ -253,7 +253,7 @@ def test_scalar_model_opens_as_sequence_classifier(name: str, tmp_path: Path) ->
     padded = torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in rows])
     with torch.no_grad():
         expected = model(padded, attention_mask=(padded != 0).long()).logits[:, 0]
-        got = ours.scores_T(packed(rows))[torch.tensor(LENGTHS).cumsum(0) - 1]
+        got = ours.scores_R(packed(rows))[torch.tensor(LENGTHS).cumsum(0) - 1]
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert weight_hash(load_scalar_model(tmp_path)) == weight_hash(ours)
@@ -266,5 +266,5 @@ def test_scalar_model_opens_their_classifier(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     row = random_rows()[2].clamp(min=1)
     with torch.no_grad():
-        got = load_scalar_model(tmp_path, frozen=True).scores_T(packed([row]))[-1]
+        got = load_scalar_model(tmp_path, frozen=True).scores_R(packed([row]))[-1]
         torch.testing.assert_close(got, model(row[None]).logits[0, 0], rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from strop.data import Example, PackedBatches, TaskBatches
 from strop.generation import Engine
 from strop.models import load_model, save_model
-from strop.models.heads import add_scalar_head, save_scalar_model
+from strop.models.heads import add_scalar_head, pack_scored, save_scalar_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.rewards.base import WeightedRewards
 from strop.rewards.config import RewardConfig
@@ -598,3 +598,17 @@ def test_the_step_is_the_same_when_repeated_and_another_with_another_seed(tiny_f
     assert same(first[0], second[0]) and same(first[1], second[1])
     assert first[2] == second[2]
     assert not same(first[0], other[0])
+
+
+def test_values_of_a_low_precision_critic_are_not_rounded_to_it(tiny_folder: Path) -> None:
+    """Values near 4 would come in steps of 1/32: the head is float32, and only the hidden states are not."""
+    network = add_scalar_head(load_model(tiny_folder, dtype=torch.bfloat16), seed=3)  # type: ignore[arg-type]
+    batch = pack_scored([(range(1, 20), [range(20, 40), range(40, 80)], ())])
+    batch = dataclasses.replace(batch, loss_mask_T=torch.ones_like(batch.loss_mask_T))
+    with torch.no_grad():
+        values_R = Critic(network=network).own_values_R(batch)
+        hidden_RD = network.backbone.hidden(batch).double()
+        torch.testing.assert_close(
+            values_R.double(), hidden_RD @ network.score.weight[0].double(), rtol=1e-5, atol=1e-5
+        )
+    assert not torch.equal(values_R, values_R.bfloat16().float())

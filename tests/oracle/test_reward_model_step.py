@@ -16,10 +16,12 @@ from strop.data.formats import COMPARED
 from strop.models import load_model
 from strop.models.heads import add_scalar_head, load_scalar_model, save_scalar_model
 from strop.optim import OptimizerConfig
+from strop.rewards.model import ModelReward
 from strop.runs import read_lines
 from strop.stages import reward_model
 from strop.stages.reward_model import Config, reward_step
 from strop.tokenizer import Tokenizer
+from strop.types import Completion, Task
 
 SGD = OptimizerConfig(lr=1e6, eps=1e6, beta1=0.0, beta2=0.0, max_grad_norm=float("inf"))
 """Adam with an eps so large that its first update is minus the gradient."""
@@ -116,6 +118,20 @@ def test_the_checkpoint_gives_the_same_scores_in_transformers(tiny_folder: Path,
     assert scale["reward_std"] == pytest.approx(float(np.std(expected)), abs=1e-5)
     losses = [line["loss"] for line in read_lines(run / "metrics.jsonl")]
     assert len(losses) == 3
+
+    # The same checkpoint as a reward: the reference answers have mean 0 and deviation 1, in the order of their scores.
+    ended = [completion(text, Tokenizer.load(folder)) for row in RANKINGS for text in row["completions"]]
+    tasks = [Task(id=row["prompt"], prompt=row["prompt"]) for row in RANKINGS for _ in row["completions"]]
+    reward = ModelReward(model=str(folder))
+    reward.bind(Tokenizer.load(tiny_folder), 64)
+    normalised = [verdict.score for verdict in reward.score(tasks, ended)]
+    np.testing.assert_allclose(normalised, (scores - np.mean(scores)) / np.std(scores), rtol=0, atol=1e-4)
+    assert np.mean(scores) != pytest.approx(0, abs=0.01) and np.std(scores) != pytest.approx(1, abs=0.01)
+
+
+def completion(text: str, tokenizer: Tokenizer) -> Completion:
+    ids = (*tokenizer.encode(text), *tokenizer.stop_token_ids[:1])
+    return Completion(token_ids=ids, sampling_logprobs=(0.0,) * len(ids), finish_reason="stop", text=text)
 
 
 def in_file_order(row: dict[str, Any], own: np.ndarray) -> list[float]:

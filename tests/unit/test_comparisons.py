@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from strop.data import ComparisonBatches, Comparisons, comparisons_from_rows, load_rows, pack_completions, pack_scored
+from strop.data import ComparisonBatches, Comparisons, comparisons_from_rows, load_rows, pack_completions
 from strop.data.formats import COMPARED, Format
+from strop.models.heads import pack_scored
 from strop.tokenizer import Tokenizer, train_bpe
 
 EVERY: tuple[Format, ...] = (*COMPARED, "prompt/completion/label")
