@@ -145,6 +145,7 @@ def _has_kernels(x: Tensor) -> bool:
 def _native_attention(
     qkv_TXH: Tensor, rope: tuple[Tensor, Tensor] | None, num_kv_heads: int, plan: AttentionPlan, scale: float
 ) -> Tensor:
+    assert qkv_TXH.shape[0] == plan.num_tokens  # the kernels do not look
     if torch.is_grad_enabled() and qkv_TXH.requires_grad:
         return _NativeAttention.apply(qkv_TXH, rope, num_kv_heads, plan, scale)
     if rope is not None:

@@ -113,7 +113,12 @@ def rotate_(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, num_heads: int, *, 
 def head_statistics(
     logits_RV: Tensor, labels_R: Tensor, logprobs_R: Tensor, lse_R: Tensor, entropy_R: Tensor | None, scale: float
 ) -> None:
-    """Write each row's label log-probability, log-sum-exp and (if wanted) entropy under softmax(logits * scale)."""
+    """Write each row's label log-probability, log-sum-exp and (if wanted) entropy under softmax(logits * scale).
+
+    ValueError for a label that is no column.
+    """
+    if labels_R.numel() and not 0 <= int(labels_R.min()) <= int(labels_R.max()) < logits_RV.shape[1]:
+        raise ValueError(f"a label is outside [0, {logits_RV.shape[1]}), the vocabulary that the logits cover")
     _loaded().strop_head_statistics(
         _at(logits_RV), _at(labels_R), _at(logprobs_R), _at(lse_R), None if entropy_R is None else _at(entropy_R),
         *logits_RV.shape, scale, torch.get_num_threads(),

@@ -133,6 +133,12 @@ def test_head_statistics_are_exact_for_given_logits():
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("label", [-1, 100])
+def test_a_label_outside_the_vocabulary_is_refused(label):
+    with pytest.raises(ValueError, match="outside"):
+        linear_logprobs(random(2, 16, seed=0), random(100, 16, seed=1), torch.tensor([3, label]))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_poisoned_logit_shows_in_the_loss(poison):
     logits = random(2, 100, seed=0)
