@@ -370,14 +370,12 @@ def test_a_box_that_never_starts_is_an_infra_error_and_stops_the_run_above_the_s
     rewards = load_rewards({"name": "code", "num_workers": 1, "start_timeout": 2.0})
     try:
         (folder / "broken").touch()
-        # The boxes that were started ahead still work: enough for two verdicts, and a quarter may fail.
         tasks = [task({**INCREMENT, "prelude": f"# {number}"}) for number in range(4)]
-        scores = rewards.score(tasks[:2], [answer("```python\ndef f(x): return x + 1\n```")] * 2)
-        assert [score.reward for score in scores] == [1.0, 1.0]
         reason = "did not start in 2 s" if "sleep" in how else "ended while starting: "
         reason += "no namespaces here" if "echo" in how else ""
-        with pytest.raises(RuntimeError, match=f"'code' failed on 4 of 4 .* a box {reason}"):
-            rewards.score(tasks, [answer("```python\ndef f(x): return x + 1\n```")] * 4)
+        with pytest.raises(RuntimeError, match=f"'code' failed on . of 4 .* a box {reason}"):
+            for _ in range(3):  # the boxes that were started ahead may still work
+                rewards.score(tasks, [answer("```python\ndef f(x): return x + 1\n```")] * 4)
         (folder / "broken").unlink()
         (score,) = rewards.score(tasks[:1], [answer("```python\ndef f(x): return x + 1\n```")])
         assert score.is_valid and score.reward == 1.0

@@ -54,7 +54,9 @@ def decode(data):
     """The plain value of one message. Raises WireError for anything but a whole one, whoever wrote it."""
     try:
         value, end = _decode(data, 0, 0)
-    except (IndexError, TypeError, OverflowError, UnicodeDecodeError) as error:  # TypeError: a list as a key
+    except WireError:
+        raise
+    except (TypeError, OverflowError, ValueError) as error:  # TypeError: a list as a key
         raise WireError(f"no message: {error}") from None
     if end != len(data):
         raise WireError("bytes behind the message")
