@@ -3,16 +3,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Debian packages that some features need: bubblewrap is the sandbox of code rewards.
+SYSTEM := bubblewrap
+
 # Two test processes with one thread each: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench lint
+.PHONY: help setup system demo check test bench lint
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-setup: .venv/.stamp  ## create .venv with the locked versions (again only when pyproject.toml or the lock changed)
+setup: system .venv/.stamp  ## create .venv with the locked versions (again only when pyproject.toml or the lock changed)
 
 .venv/.stamp: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -22,6 +25,13 @@ setup: .venv/.stamp  ## create .venv with the locked versions (again only when p
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
+
+system:  ## install the system packages (as root on Debian; prints the line to run otherwise)
+	@missing=""; for name in $(SYSTEM); do dpkg -s $$name >/dev/null 2>&1 || missing="$$missing $$name"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get update -qq; apt-get install -y -qq $$missing) >/dev/null && exit 0; fi; \
+	echo "Some features need system packages. To install them, run as root: apt-get install$$missing" >&2
 
 demo: setup  ## raw text -> pretrain -> SFT -> GRPO -> frozen generation, with a report
 	$(BIN)/python recipes/demo/run.py

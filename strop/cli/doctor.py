@@ -16,7 +16,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "as
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """This machine: CPU features, cores, memory, measured speed, and the dtype that 'auto' means."""
+    """This machine: CPU features, cores, memory, measured speed, the sandbox for code, and the dtype that 'auto' means."""
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -44,11 +44,22 @@ def run(command: str, args: Sequence[str]) -> int:
     rates = {dtype: measure_gemm(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     for dtype, rate in rates.items():
         rows[f"GEMM {str(dtype).removeprefix('torch.')}"] = f"{rate:,.0f} GFLOP/s on {device.type}"
+    rows["sandbox"] = sandbox()
     rows["dtype 'auto'"] = str(choose_dtype("auto", device)).removeprefix("torch.")
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
     return 0
+
+
+def sandbox() -> str:
+    """Whether code of a model can be run here: what the canary of the code reward says."""
+    from strop.rewards.sandbox import canary
+
+    rows = canary()
+    if failed := [f"{row.name}: {row.detail}" for row in rows if not row.ok]:
+        return "no code rewards: " + "; ".join(failed)
+    return f"holds: {len(rows)} attacks refused"
 
 
 def cpu_name() -> str:

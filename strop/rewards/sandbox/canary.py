@@ -44,9 +44,9 @@ def fill():
     os.remove("/tmp/full")
     return True
 attempt("read a planted secret", lambda: read(PLANTED + "/secret"))
-attempt("read a secret of the parent's environment", lambda: any(
-    read(f"/proc/{pid}/environ") for pid in [*os.listdir("/proc"), 1] if str(pid).isdigit()))
-attempt("read a secret of its own environment", lambda: SECRET.decode() in str(os.environ))
+attempt("read a process's environment", lambda: any(
+    open(f"/proc/{pid}/environ", "rb").read(1) for pid in ["self", 1, os.getppid()]))
+attempt("find a secret in its own environment", lambda: SECRET.decode() in str(os.environ))
 attempt("reach a loopback listener", connect)
 attempt("fork", fork)
 for place in (PLANTED, "/usr", "/etc", "/root", "/dev", "/"):
