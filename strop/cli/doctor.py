@@ -16,7 +16,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "avx512_vnni", "as
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """This machine: CPU features, cores, memory, measured speed, the sandbox for code, and the dtype that 'auto' means."""
+    """This machine: CPU features, cores, memory, measured speed, sandbox, and the dtype that 'auto' means."""
 
 
 def run(command: str, args: Sequence[str]) -> int:

@@ -45,7 +45,9 @@ def run(command: str, args: Sequence[str]) -> int:
     if sum(source is not None for source in (arguments.tasks, arguments.suite, arguments.text)) != 1:
         raise ValueError("give one of --suite NAME, --tasks FILE (with --reward) and --text FILE")
     if arguments.tasks is not None and arguments.reward is None:
-        raise ValueError("--tasks needs --reward: math, code, format, length, or a function as module:name or file.py:name")
+        raise ValueError(
+            "--tasks needs --reward: math, code, format, length, or a function as module:name or file.py:name"
+        )
     if arguments.text is not None and (arguments.reward is not None or arguments.output is not None):
         raise ValueError("--reward and --output belong to --tasks, not to --text")
     if arguments.suite is not None and arguments.reward is not None:

@@ -40,7 +40,9 @@ def humaneval(*, chat: bool = False) -> Suite:
     tasks: list[Task] = []
     for row in _humaneval_rows():
         prompt = row["prompt"]
-        request = f"Complete this Python function. Answer with the whole function in one block.\n\n```python\n{prompt}```"
+        request = (
+            f"Complete this Python function. Answer with the whole function in one block.\n\n```python\n{prompt}```"
+        )
         columns = {
             "prelude": prompt,  # imports and helpers that the solution and the tests use; the stub is replaced
             "entry_point": row["entry_point"],

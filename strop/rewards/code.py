@@ -46,8 +46,9 @@ class CodeReward:
         num_workers: int | None = None,
     ) -> None:
         """timeout in seconds of wall time per verdict; memory_mb bounds each process; a box that is not ready after
-        start_timeout seconds is an infra_error; python is the interpreter that boxes use. unsafe_local runs the programs of the model as this user, with all its files and the network.
-        check_solutions judges the column `solution`, where there is one, before training.
+        start_timeout seconds is an infra_error; python is the interpreter that boxes use. unsafe_local runs the
+        programs of the model as this user, with all its files and the network. check_solutions judges the column
+        `solution`, where there is one, before training.
 
         Raises ValueError when there is no sandbox or an attack on it succeeds.
         """
@@ -90,7 +91,9 @@ class CodeReward:
 
         Raises ValueError when a task has no tests.
         """
-        programs = [program(_prompt(task), completion.text) for task, completion in zip(tasks, completions, strict=True)]
+        programs = [
+            program(_prompt(task), completion.text) for task, completion in zip(tasks, completions, strict=True)
+        ]
         return self._judge(tasks, programs)
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:

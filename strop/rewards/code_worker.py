@@ -184,7 +184,9 @@ def _tests_verdict(said: Sequence[Any], solution: Box) -> Outcome:
     if bad:
         return "infra_error", bad
     if outcome != "passed":
-        return ("wrong", f"{kind}: {text}" if text else kind) if calls else ("infra_error", f"the tests: {kind}: {text}")
+        return (
+            ("wrong", f"{kind}: {text}" if text else kind) if calls else ("infra_error", f"the tests: {kind}: {text}")
+        )
     if not calls:
         return "infra_error", "the tests never call the function"
     if solution.has_spoken():

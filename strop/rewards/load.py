@@ -47,9 +47,9 @@ def load_rewards(specs: RewardSpec | Sequence[RewardSpec], *, max_infra_error_sh
 def load_reward(spec: RewardSpec) -> Reward:
     """The reward that a recipe names: "math", or a table {name = "math", answer_column = "solution", ...}.
 
-    name is math, code, format, length, overlong, "package.module:function" or "path/file.py:function"; the other keys are the
-    keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A function is
-    loaded at once, in its process. Raises ValueError naming the nearest known name or option.
+    name is math, code, format, length, overlong, "package.module:function" or "path/file.py:function"; the other keys
+    are the keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A
+    function is loaded at once, in its process. Raises ValueError naming the nearest known name or option.
     """
     if isinstance(spec, RewardConfig):
         spec = spec.spec()

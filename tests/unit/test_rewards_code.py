@@ -70,13 +70,15 @@ def test_a_right_function_scores_one_and_near_misses_zero(reward):
     assert judge(reward, TRUNCATE, "def truncate_number(number):\n    return number % 1.0").score == 1.0
     for wrong in ("number", "number % 1.1", "int(number)", "None", "[0.5]", "'0.5'"):
         assert judge(reward, TRUNCATE, f"def truncate_number(number):\n    return {wrong}").status == "wrong"
-    assert judge(reward, TRUNCATE, "def other(number):\n    return number % 1.0").detail == "KeyError: 'truncate_number'"
+    assert (
+        judge(reward, TRUNCATE, "def other(number):\n    return number % 1.0").detail == "KeyError: 'truncate_number'"
+    )
     assert judge(reward, TRUNCATE, "def truncate_number(number:").status == "unparsed"
 
 
 PLAIN = [
-    "None", "True", "-1", "0", "10**4000", "-(2**63)", "0.1", "float('inf')", "1e-320", "3+4j", "'é\\ud800\\0'", "b'\\xff\\0'",
-    "[]", "[1, [2, (3,)]]", "(1,)", "{1, 2}", "frozenset({1})", "{'a': [1], 2: None, (1, 2): {}}",
+    "None", "True", "-1", "0", "10**4000", "-(2**63)", "0.1", "float('inf')", "1e-320", "3+4j", "'é\\ud800\\0'",
+    "b'\\xff\\0'",     "[]", "[1, [2, (3,)]]", "(1,)", "{1, 2}", "frozenset({1})", "{'a': [1], 2: None, (1, 2): {}}",
 ]  # fmt: skip
 
 
@@ -172,7 +174,9 @@ def forge():
             except OSError: pass
 """
 # What the tests send at the end when all is well: a list of "passed", two empty texts, a count and a text.
-PASSED = b"l\x00\x00\x00\x05s\x00\x00\x00\x06passeds\x00\x00\x00\x00s\x00\x00\x00\x00i\x00\x00\x00\x01\x03s\x00\x00\x00\x00"
+PASSED = (
+    b"l\x00\x00\x00\x05s\x00\x00\x00\x06passeds\x00\x00\x00\x00s\x00\x00\x00\x00i\x00\x00\x00\x01\x03s\x00\x00\x00\x00"
+)
 
 HACKS = {
     "always-equal object": ALWAYS_EQUAL + "def truncate_number(number): return Yes()",
@@ -233,7 +237,7 @@ HACKS = {
     "forge the verdict in the pipe": FORGE.format(passed=PASSED) + "def truncate_number(n):\n    forge()\n    return n",
     "forge the verdict at import": FORGE.format(passed=PASSED) + "forge()\ndef truncate_number(n): return n",
 }
-GUEST = 'import sys\nguest = sys._getframe()\nwhile guest.f_back: guest = guest.f_back\nguest = guest.f_globals\n'
+GUEST = "import sys\nguest = sys._getframe()\nwhile guest.f_back: guest = guest.f_back\nguest = guest.f_globals\n"
 HACKS |= {
     "results written before they are asked for": GUEST
     + """
@@ -282,7 +286,7 @@ def truncate_number(n):
         def truncate_number(n): return n % 1.0
     """,
     "no result at all": "def truncate_number(n): pass",
-    "an exception named like the verdict": "class passed(Exception): pass\ndef truncate_number(n): raise passed('passed')",
+    "an exception named like the verdict": "class passed(Exception): pass\ndef truncate_number(n): raise passed(0)",
 }
 
 
@@ -299,11 +303,14 @@ def test_a_reward_hack_earns_nothing(reward, name):
 
 def test_the_hack_with_precomputed_answers_would_pass_without_the_ids(reward):
     """The frame forgery above is well formed: an answer with the right id and nothing odd about it does pass."""
-    code = GUEST + """
+    code = (
+        GUEST
+        + """
 original = guest["write_frame"]
 guest["write_frame"] = lambda fd, message_id, payload: original(fd, message_id, payload)
 def truncate_number(n): return n % 1.0
 """
+    )
     assert judge(reward, TRUNCATE, code).status == "ok"
 
 
@@ -320,7 +327,7 @@ def test_a_program_cannot_find_the_expected_output(reward, code):
     assert judge(reward, {"cases": [{"input": "", "output": "38917463"}]}, code).status == "wrong"
 
 
-# ----------------------------------------------------------------------------------------------- faults that are not its
+# ---------------------------------------------------------------------------------------------- faults that are not its
 
 
 def infra(reward: CodeReward, columns: dict[str, Any], code: str) -> Verdict:
@@ -563,5 +570,3 @@ def test_options_are_checked():
         load_reward({"name": "code", "timeout": 0})
     with pytest.raises(ValueError, match="python '/no/such/python' does not run"):
         load_reward({"name": "code", "python": "/no/such/python"})
-
-

@@ -1,4 +1,4 @@
-"""What code in a box may try: 32 escapes and floods. None scores, reads a secret, reaches anybody, or leaves a trace."""
+"""What code in a box may try: escapes and floods. None scores, reads a secret, reaches anybody, or leaves a trace."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ ESCAPES = {
     "raise its own limits": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\nreturn True",
     "fork": "pid = os.fork()\nif pid == 0: os._exit(0)\nreturn True",
     "a daemon": "import subprocess\nsubprocess.Popen(['/bin/sleep', '1000'], start_new_session=True)\nreturn True",
-    "a process through multiprocessing": "import multiprocessing as m\np = m.Process(target=id)\np.start()\nreturn True",
+    "a process through multiprocessing": "import multiprocessing as m\nm.Process(target=id).start()\nreturn True",
     "posix_spawn": "return os.posix_spawn('/bin/true', ['true'], {}) > 0",
     "2 GB": "return len(bytearray(2 << 30)) > 0",
     "fill /tmp": "with open('/tmp/a', 'wb') as a, open('/tmp/b', 'wb') as b:\n    for _ in range(20):\n"

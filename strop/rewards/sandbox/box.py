@@ -86,7 +86,6 @@ class Launcher:
                 command = [*self._box_arguments(read_filter, write_info), *command]
             is_root = os.geteuid() == 0 and not settings.unsafe_local
             # Root in the box would be root outside as far as some limits go.
-            user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if is_root else {}
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -99,7 +98,9 @@ class Launcher:
                 pass_fds=(read_filter, write_info) if self._bwrap else (),
                 start_new_session=True,
                 preexec_fn=functools.partial(_limit, settings.cpu_seconds, settings.memory_mb << 20),
-                **user,
+                user=NOBODY if is_root else None,
+                group=NOBODY if is_root else None,
+                extra_groups=[] if is_root else None,
             )
         except OSError as error:
             os.close(read_info)

@@ -8,6 +8,10 @@ of this file and may rewrite all of it; what it can then send is still only data
 import posix
 import sys
 
+TYPE_CHECKING = False  # typing itself would have to be imported
+if TYPE_CHECKING:
+    from typing import Any
+
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_DEPTH = 60
 ID_BYTES = 8
@@ -18,7 +22,7 @@ class WireError(ValueError):
     """Bytes that are no message, or a value that cannot be sent."""
 
 
-def encode(value, depth=0):
+def encode(value: "Any", depth: int = 0) -> bytes:
     """Bytes of a plain value: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict.
 
     Of exactly these types: a subclass may carry an __eq__ of its own, and is refused with WireError like anything else.
@@ -50,7 +54,7 @@ def encode(value, depth=0):
     return tag + len(data).to_bytes(4, "big") + data
 
 
-def decode(data):
+def decode(data: bytes) -> "Any":
     """The plain value of one message. Raises WireError for anything but a whole one, whoever wrote it."""
     try:
         value, end = _decode(data, 0, 0)
@@ -63,7 +67,7 @@ def decode(data):
     return value
 
 
-def _decode(data, start, depth):
+def _decode(data: bytes, start: int, depth: int) -> "tuple[Any, int]":
     if depth > MAX_DEPTH:
         raise WireError(f"nested more than {MAX_DEPTH} deep")
     tag = data[start : start + 1]
@@ -99,7 +103,7 @@ _CONSTANTS = {b"N": None, b"T": True, b"F": False}
 _CONTAINERS = {b"l": list, b"t": tuple, b"e": set, b"z": frozenset, b"d": dict}
 
 
-def frame(message_id, payload):
+def frame(message_id: bytes, payload: bytes) -> bytes:
     """Length, id, payload: what goes through the pipe."""
     return len(payload).to_bytes(4, "big") + message_id + payload
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import tempfile
 
-CLONE_THREAD = 0x00010000
+_CLONE_THREAD = 0x00010000
 
-ALLOWED = """
+_ALLOWED = """
     read write readv writev pread64 pwrite64 preadv pwritev lseek close close_range dup dup2 dup3 fcntl pipe pipe2
     open openat creat access faccessat faccessat2 stat lstat fstat newfstatat statx statfs fstatfs getcwd chdir fchdir
     readlink readlinkat getdents getdents64 mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 symlink
@@ -23,10 +23,10 @@ ALLOWED = """
     poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
     recvfrom shutdown
     execve exit exit_group wait4
-""".split()
+"""
 """Anything else gives EPERM: no socket, no fork, no mount, no namespace, no key ring, no io_uring, no shared memory."""
 
-IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX."""
 
 
@@ -38,13 +38,13 @@ def seccomp_filter() -> bytes:
         raise ImportError(f"the sandbox needs pyseccomp and libseccomp ({error}): pip install 'strop[code]'") from None
 
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
-    for name in ALLOWED:
+    for name in _ALLOWED.split():
         if seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) >= 0:  # some exist on one architecture only
             rules.add_rule(seccomp.ALLOW, name)
-    for number in IOCTLS:
+    for number in _IOCTLS:
         rules.add_rule(seccomp.ALLOW, "ioctl", seccomp.Arg(1, seccomp.EQ, number))
     # Threads, not processes. glibc tries clone3 first, whose flags a filter cannot see.
-    rules.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, CLONE_THREAD, CLONE_THREAD))
+    rules.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     # The pair that asyncio wakes itself with; without an address nothing else can be reached through it.
     rules.add_rule(seccomp.ALLOW, "socketpair")
