@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from strop.rewards.code_text import program
 from strop.rewards.worker import WorkerPool
@@ -41,14 +41,15 @@ class CodeReward:
         memory_mb: int = 512,
         start_timeout: float = 20.0,
         python: str | None = None,
+        backend: Literal["bubblewrap", "wasm"] = "bubblewrap",
         unsafe_local: bool = False,
         check_solutions: bool = True,
         num_workers: int | None = None,
     ) -> None:
         """timeout in seconds of wall time per verdict; memory_mb bounds each process; a box that is not ready after
-        start_timeout seconds is an infra_error; python is the interpreter that boxes use. unsafe_local runs the
-        programs of the model as this user, with all its files and the network. check_solutions judges the column
-        `solution`, where there is one, before training.
+        start_timeout seconds is an infra_error; python is the interpreter in bubblewrap's boxes.
+        unsafe_local runs the programs of the model as this user, with all its files and the network. check_solutions
+        judges the column `solution`, where there is one, before training.
 
         Raises ValueError when there is no sandbox or an attack on it succeeds.
         """
@@ -56,6 +57,10 @@ class CodeReward:
             raise ValueError(f"memory_mb must be at least 64, got {memory_mb}: python alone needs 20")
         if not (timeout > 0 and start_timeout > 0):
             raise ValueError(f"timeout and start_timeout must be above 0 seconds, got {timeout} and {start_timeout}")
+        if backend not in ("bubblewrap", "wasm"):
+            raise ValueError(f"backend must be 'bubblewrap' or 'wasm', got {backend!r}")
+        if backend == "wasm" and (python is not None or unsafe_local):
+            raise ValueError("the backend wasm brings its own python and a sandbox: leave python and unsafe_local out")
         self.name = name
         self._check_solutions = check_solutions
         options = {
@@ -64,7 +69,7 @@ class CodeReward:
             "cpu_seconds": math.ceil(timeout) + 1,
             "start_seconds": start_timeout,
             "python": python,
-            "unsafe_local": unsafe_local,
+            "backend": "local" if unsafe_local else backend,
         }
         self._pool = WorkerPool(
             "strop.rewards.code_worker",
@@ -82,8 +87,8 @@ class CodeReward:
         except RuntimeError as error:
             self._pool.close()
             raise ValueError(
-                f"reward {name!r}: {error}. Code of a model does not run without a sandbox, unless the recipe says "
-                "options = { unsafe_local = true }"
+                f"reward {name!r}: {error}. Where user namespaces are blocked, backend = 'wasm' may do. "
+                "Code of a model does not run without a sandbox, unless the options say unsafe_local = true"
             ) from None
 
     def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:

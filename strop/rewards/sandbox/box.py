@@ -1,9 +1,8 @@
 """One box: a python process for one piece of foreign code, thrown away afterwards, and a few of them started ahead.
 
-Around it: user, pid, network, mount, ipc and uts namespaces (bubblewrap), a list of allowed system calls (seccomp), and
-limits on CPU time, memory and file size that are set before bubblewrap itself starts. Inside: a read-only /usr, an
-empty /tmp of 16 MB, no /proc, no environment. Only for a single-threaded process: a box dies with the thread that
-started it.
+Around it, with the backend bubblewrap: user, pid, network, mount, ipc and uts namespaces, a list of allowed system
+calls (seccomp), and limits on CPU time, memory and file size that are set before bubblewrap itself starts. Inside: a
+read-only /usr, an empty /tmp of 16 MB, no /proc, no environment. A box dies with the thread that started it.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from strop.rewards.sandbox import guest
 from strop.rewards.sandbox.python import NOBODY, bwrap_path, find_python
 from strop.rewards.sandbox.seccomp import seccomp_filter
+from strop.rewards.sandbox.wasm import wasm_command
 
 TMP_BYTES = 16 << 20
 _UNSPOKEN = bytes(guest.ID_BYTES)
@@ -59,8 +60,8 @@ class BoxSettings:
     """The interpreter in the box; None takes this one, or the system's where this one cannot be reached from a box."""
     start_seconds: float = 20.0
     """What a box may take to get ready before it counts as broken."""
-    unsafe_local: bool = False
-    """No box at all: only the limits, and this user's files, network and processes in reach."""
+    backend: Literal["bubblewrap", "wasm", "local"] = "bubblewrap"
+    """local is no box at all: only the limits, and this user's files, network and processes in reach."""
 
 
 class Launcher:
@@ -68,23 +69,30 @@ class Launcher:
 
     def __init__(self, settings: BoxSettings) -> None:
         self._settings = settings
-        self._python, self._prefix = find_python(settings.python)
-        self._guest = _guest_source()
-        self._filter = b"" if settings.unsafe_local else seccomp_filter()
-        self._bwrap = None if settings.unsafe_local else bwrap_path()
+        source = Path(guest.__file__).read_text(encoding="utf-8")
+        self._bwrap, self._filter, self._prefix = None, b"", ""
+        if settings.backend == "wasm":
+            self._command = wasm_command(source, settings.memory_mb << 20)
+        else:
+            python, self._prefix = find_python(settings.python)
+            self._command = [python, "-s", "-S", "-X", "utf8", "-c", source]
+        if settings.backend == "bubblewrap":
+            self._bwrap, self._filter = bwrap_path(), seccomp_filter()
 
     def start(self) -> Box:
         settings = self._settings
+        # wasmtime reserves far more address space than it uses, and bounds the memory itself.
+        memory_bytes = None if settings.backend == "wasm" else settings.memory_mb << 20
         read_info, write_info = os.pipe()
         read_filter, write_filter = os.pipe()
         try:
             # A pipe each: bwrap reads to the end, and a shared file would share its offset.
             os.write(write_filter, self._filter)
             os.close(write_filter)
-            command = [self._python, "-s", "-S", "-X", "utf8", "-c", self._guest]
+            command = self._command
             if self._bwrap is not None:
                 command = [*self._box_arguments(read_filter, write_info), *command]
-            is_root = os.geteuid() == 0 and not settings.unsafe_local
+            is_root = os.geteuid() == 0 and self._bwrap is not None
             # Root in the box would be root outside as far as some limits go.
             process = subprocess.Popen(
                 command,
@@ -97,7 +105,7 @@ class Launcher:
                 cwd="/",
                 pass_fds=(read_filter, write_info) if self._bwrap else (),
                 start_new_session=True,
-                preexec_fn=functools.partial(_limit, settings.cpu_seconds, settings.memory_mb << 20),
+                preexec_fn=functools.partial(_limit, settings.cpu_seconds, memory_bytes),
                 user=NOBODY if is_root else None,
                 group=NOBODY if is_root else None,
                 extra_groups=[] if is_root else None,
@@ -129,7 +137,7 @@ class Launcher:
         ]
 
 
-def _limit(cpu_seconds: int, memory_bytes: int) -> None:
+def _limit(cpu_seconds: int, memory_bytes: int | None) -> None:
     for which, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_bytes),
@@ -137,14 +145,11 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
+        if value is None:
+            continue
         _, most = resource.getrlimit(which)
         value = value if most == resource.RLIM_INFINITY else min(value, most)
         resource.setrlimit(which, (value, value))
-
-
-@functools.cache
-def _guest_source() -> str:
-    return Path(guest.__file__).read_text(encoding="utf-8")
 
 
 class Box:
@@ -194,15 +199,15 @@ class Box:
             assert self._process.stdin is not None
             self._process.stdin.close()
 
-    def read_frame(self, deadline: float, *, silent: Box | None = None) -> tuple[bytes, bytes]:
-        """The next message's id and payload. MisbehavedError when it is too long, or `silent` says anything at all."""
+    def read_frame(self, deadline: float) -> tuple[bytes, bytes]:
+        """The next message's id and payload. Raises MisbehavedError when it is too long."""
         while True:
             size = int.from_bytes(self._pending[:4], "big")
             if size > guest.MAX_MESSAGE_BYTES + 1:
                 raise MisbehavedError("a message of more than a megabyte, or no message at all")
             if len(self._pending) >= guest.HEADER_BYTES + size:
                 break
-            self._pending += self._read_chunk(deadline, silent)
+            self._pending += self._read_chunk(deadline)
         end = guest.HEADER_BYTES + size
         header, payload = self._pending[: guest.HEADER_BYTES], self._pending[guest.HEADER_BYTES : end]
         self._pending = self._pending[end:]
@@ -213,7 +218,7 @@ class Box:
         parts, size = [self._pending], len(self._pending)
         with contextlib.suppress(EndedError):
             while size <= limit:
-                parts.append(self._read_chunk(deadline, None))
+                parts.append(self._read_chunk(deadline))
                 size += len(parts[-1])
         if size > limit:
             raise MisbehavedError(f"more than {limit} bytes of output")
@@ -262,25 +267,15 @@ class Box:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
-    def _read_chunk(self, deadline: float, silent: Box | None) -> bytes:
+    def _read_chunk(self, deadline: float) -> bytes:
         poll = select.poll()
         poll.register(self._out, select.POLLIN)
-        if silent is not None:
-            poll.register(silent._out, select.POLLIN)
-        while True:
-            ready = poll.poll(_milliseconds(deadline))
-            if not ready:
-                raise DeadlineError
-            for fd, _ in ready:
-                if fd == self._out:
-                    chunk = os.read(fd, 65536)
-                    if not chunk:
-                        raise EndedError
-                    return chunk
-            assert silent is not None
-            if silent.has_spoken():
-                raise MisbehavedError("it wrote a result that nobody had asked for")
-            poll.unregister(silent._out)  # it has ended: its next call will show that
+        if not poll.poll(_milliseconds(deadline)):
+            raise DeadlineError
+        chunk = os.read(self._out, 65536)
+        if not chunk:
+            raise EndedError
+        return chunk
 
     def _find_inner(self) -> None:
         """Takes hold of the process inside by what bubblewrap says about it."""

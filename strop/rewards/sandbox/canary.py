@@ -18,7 +18,7 @@ from strop.rewards.sandbox.guest import encode
 SECONDS = 20.0
 
 ATTACKS = """
-import os, socket, sys, ctypes
+import os, sys
 def attempt(name, attack):
     try: result = attack()
     except BaseException as error: result = None
@@ -29,6 +29,7 @@ def write(path):
     with open(path, "w") as file: file.write("x")
     return True
 def connect():
+    import socket
     connection = socket.create_connection(("127.0.0.1", PORT), 2)
     return True
 def fork():
@@ -52,7 +53,7 @@ attempt("fork", fork)
 for place in (PLANTED, "/usr", "/etc", "/root", "/dev", "/"):
     attempt("write outside", lambda: write(place + "/strop-canary"))
 attempt("become root", lambda: os.setuid(0) is None)
-attempt("make a namespace of its own", lambda: ctypes.CDLL(None).unshare(0x10000000) == 0)
+attempt("make a namespace of its own", lambda: __import__("ctypes").CDLL(None).unshare(0x10000000) == 0)
 attempt("take more memory than allowed", allocate)
 attempt("fill the disk", fill)
 print("done", flush=True)
@@ -87,7 +88,7 @@ def canary(settings: BoxSettings | None = None) -> list[CanaryRow]:
             return _attack(box, settings)
         finally:
             box.close()
-    except (BoxError, OSError, ImportError) as error:
+    except (BoxError, OSError, ImportError, RuntimeError) as error:
         return [CanaryRow("sandbox", False, str(error))]
 
 
