@@ -75,17 +75,14 @@ class CodeJudge:
         self._timeout = timeout
 
     def judge(self, request: Mapping[str, Any]) -> Outcome:
-        """The verdict on request["code"], by its "tests" and "entry_point", or by its "cases". Raises BoxError."""
-        if request.get("cases") is not None:
-            return self._judge_program(request)
-        for _ in range(2):
-            try:
-                return self._judge_function(request)
-            except _TestsEndedError as error:
-                if not error.has_data:
-                    return "infra_error", "the tests ended their own process before they called anything"
-        # Twice, and only after a value of the solution's: the fault is in that value.
-        return "killed", "its result ended the process of the tests twice"
+        """The verdict on request["code"], by its "tests" and "entry_point", or by its "cases". Raises BoxError.
+
+        A program that is killed is run once more: killed again, the fault is its own; else it was somebody else's (the
+        out-of-memory killer, an operator), and the second verdict counts.
+        """
+        run = self._judge_function if request.get("cases") is None else self._judge_program
+        outcome = run(request)
+        return run(request) if outcome[0] == "killed" else outcome
 
     def _judge_function(self, request: Mapping[str, Any]) -> Outcome:
         tests, solution = self.pool.take(), None
@@ -97,6 +94,10 @@ class CodeJudge:
             return "timeout", f"no result in {self._timeout:g} s"
         except MisbehavedError as error:
             return "wrong", str(error)
+        except _TestsEndedError as error:
+            if error.has_data:
+                return "killed", "its result ended the process of the tests"
+            return "infra_error", "the tests ended their own process before they called anything"
         finally:
             tests.close()
             if solution is not None:

@@ -89,7 +89,6 @@ def test_learns_from_right_tests_and_not_from_shuffled_ones(tiny_folder: Path, t
         assert all(line.get("invalid_samples", 0) == 0 for line in lines)
         recorded = json.loads((run / "run.json").read_text())["config"]["rewards"]
         assert recorded[0]["options"] == {"timeout": 10.0}
-    print(success)
     before, after = success["right"]
     assert 0.2 < before < 0.5
     assert after > 0.8

@@ -353,6 +353,7 @@ def test_tests_that_crash_by_themselves_are_an_infra_error(reward):
         ("1 / 0\nf(1)", "ZeroDivisionError"),
         ("candidate", "never call"),
         ("f(lambda: 1)", "only plain data"),
+        ("f(bytes(2 << 20))", "more than"),
     ):
         verdict = infra(reward, {"entry_point": "f", "tests": tests}, "def f(x): return x")
         assert (verdict.status, verdict.score) == ("infra_error", 0.0)
@@ -379,6 +380,32 @@ def fake_bwrap(monkeypatch) -> Iterator[Any]:
             return Path(folder)
 
         yield write
+
+
+def test_stop_iteration_does_not_end_the_tests_early(reward):
+    tests = "xs = [1, 2, 3]\nfor x, y in zip(xs, map(f, xs)): assert y == x + 1"
+    columns = {"entry_point": "f", "tests": tests}
+    assert judge(reward, columns, "def f(x): raise StopIteration").status == "wrong"
+    assert judge(reward, columns, "def f(x): return x + 1").status == "ok"
+
+
+def test_boxes_that_somebody_ends_cost_nobody_a_verdict():
+    made = CodeReward(num_workers=1)
+    try:
+        worker = made._pool._workers[0]._process
+        assert worker is not None
+        right = answer("```\nimport time\ndef f(x):\n    time.sleep(0.5)\n    return x + 1\n```")
+        for delay in (0.0, 0.5):  # while they wait, and while one of them works
+            killer = threading.Timer(delay, lambda: [os.kill(pid, signal.SIGKILL) for pid in descendants(worker.pid)])
+            assert wait_until(lambda: len(boxes_of(worker.pid)) >= 4)
+            killer.start()
+            if not delay:
+                killer.join()
+            (verdict,) = made.score([task(INCREMENT)], [right])
+            assert verdict.status == "ok", verdict
+            killer.join()
+    finally:
+        made.close()
 
 
 @pytest.mark.parametrize("how", ["sleep 60", "exit 1", "echo no namespaces here >&2; exit 1"])

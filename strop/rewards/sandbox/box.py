@@ -235,6 +235,9 @@ class Box:
         self._pending = os.read(self._out, 65536)
         return bool(self._pending)
 
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def exit_status(self, deadline: float) -> int:
         """As subprocess's returncode; a signal is negative, also where bubblewrap reports it as 128 + n."""
         try:
@@ -313,7 +316,14 @@ class BoxPool:
 
     def take(self) -> Box:
         """A box that is ready. Raises BoxError."""
-        box = self._boxes.popleft() if self._boxes else self._launcher.start()
+        while self._boxes:
+            box = self._boxes.popleft()
+            with contextlib.suppress(BoxError):
+                box.wait_ready()
+                if box.is_running():
+                    return box
+            box.close()  # somebody ended it while it waited: the next one may be well
+        box = self._launcher.start()
         box.wait_ready()
         return box
 
