@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# What no Python package brings: a compiler for the C++ kernels, a browser for the tests of the ranking page.
-SYSTEM := g++ chromium chromium-driver
+# Debian packages: a compiler for the C++ kernels, the sandbox of code rewards, a browser for the tests of the pages.
+SYSTEM := g++ bubblewrap chromium chromium-driver
 
 # Two test processes with one thread each: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
-setup: .venv/.stamp  ## create .venv with the locked versions (again only when pyproject.toml or the lock changed)
+setup: system .venv/.stamp  ## create .venv with the locked versions (again only when pyproject.toml or the lock changed)
 
 .venv/.stamp: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -23,15 +23,14 @@ setup: .venv/.stamp  ## create .venv with the locked versions (again only when p
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
-	@$(MAKE) --no-print-directory system
 	@touch $@
 
-system:
-	@if command -v g++ >/dev/null && command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SYSTEM) >/dev/null; \
-	else \
-		echo "Some tests need system packages; on Debian, as root: apt-get install $(SYSTEM)" >&2; fi
+system:  ## install the system packages (as root on Debian; prints the line to run otherwise)
+	@missing=""; for name in $(SYSTEM); do dpkg -s $$name >/dev/null 2>&1 || missing="$$missing $$name"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get update -qq; apt-get install -y -qq --no-install-recommends $$missing) >/dev/null && exit 0; fi; \
+	echo "Some features need system packages. To install them, run as root: apt-get install$$missing" >&2
 
 demo: setup  ## raw text -> pretrain -> SFT -> GRPO -> frozen generation, with a report
 	$(BIN)/python recipes/demo/run.py

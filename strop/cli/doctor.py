@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +64,7 @@ def machine_rows() -> dict[str, str]:
         "cores": f"{cores} usable, torch uses {torch.get_num_threads()} threads",
         "memory": memory(),
         "GPU": torch.cuda.get_device_name() if device.type == "cuda" else "none",
-        "compiler": compiler(),
+        "C++ kernels": kernels(),
         "sandbox": sandbox(),
     }
     rates = measure_dtypes(device)
@@ -79,6 +77,16 @@ def machine_rows() -> dict[str, str]:
     chosen = str(fastest(rates)).removeprefix("torch.")
     rows["dtype 'auto'"] = f"{chosen}, by measurement: bfloat16 multiplies {ratio:.1f}x as fast as float32 here"
     return rows
+
+
+def sandbox() -> str:
+    """Whether code of a model can be run here: what the canary of the code reward says."""
+    from strop.rewards.sandbox import canary
+
+    rows = canary()
+    if failed := [f"{row.name}: {row.detail}" for row in rows if not row.ok]:
+        return "no code rewards: " + "; ".join(failed)
+    return f"holds: {len(rows)} attacks refused"
 
 
 def cpu_name() -> str:
@@ -110,18 +118,13 @@ def free_bytes() -> int | None:
     return free if limit is None or used is None else max(0, min(free, limit - used))
 
 
-def compiler() -> str:
-    """The C++ compiler that torch.compile would use."""
-    found = [name for name in ("g++", "clang++") if shutil.which(name)]
-    return found[0] if found else "none: torch.compile cannot be used"
+def kernels() -> str:
+    """Whether the C++ kernels work here, or why not."""
+    from strop.native.build import library, why_unavailable
 
-
-def sandbox() -> str:
-    """Whether bubblewrap is there and may make namespaces, which containers often forbid."""
-    if shutil.which("bwrap") is None:
-        return "none: install bubblewrap (bwrap) for rewards that run a model's code"
-    done = subprocess.run(["bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"], capture_output=True, text=True)
-    return "bwrap" if done.returncode == 0 else f"bwrap is there but refused: {done.stderr.strip().splitlines()[-1:]}"
+    if (reason := why_unavailable()) is not None:
+        return f"none: {reason}"
+    return "compiled for this CPU" if library() is not None else "none: they do not compile here"
 
 
 def stage_of(recipe: Path, table: dict[str, Any]) -> str:

@@ -21,13 +21,17 @@ INTERVAL_ENDS = ("_low", "_high")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(ModelArguments, SamplingArguments):
-    """Frozen weights on held-out data: pass@k and maj@k (--tasks FILE --reward NAME) or bits per byte (--text FILE)."""
+    """Frozen weights on held-out data: pass@k and maj@k (--suite NAME, or --tasks FILE --reward NAME) or bits per byte
+    (--text FILE)."""
+
+    suite: str | None = None
+    """Tasks that come with a package, and their reward: humaneval, or humaneval-chat for a chat model."""
 
     tasks: str | None = None
     """Tasks: JSONL, Parquet or hf:NAME with a prompt column and what the reward needs (an answer column, say)."""
     reward: str | None = None
-    """What judges the answers: math, format, length, a function as module:name or file.py:name, or a recipe's table
-    such as '{ name = "model", options = { model = "RUN" } }'."""
+    """What judges the answers: math, code, format, length, a function as module:name or file.py:name, or a recipe's
+    table such as '{ name = "model", options = { model = "RUN" } }'."""
     num_samples: int = 1
     """Answers per task."""
     k: tuple[int, ...] = (1,)
@@ -44,12 +48,16 @@ class Arguments(ModelArguments, SamplingArguments):
 
 def run(command: str, args: Sequence[str]) -> int:
     arguments = tyro.cli(Arguments, args=list(args), prog=f"strop {command}")
-    if (arguments.tasks is None) == (arguments.text is None):
-        raise ValueError("give either --tasks FILE (with --reward) or --text FILE")
+    if sum(source is not None for source in (arguments.tasks, arguments.suite, arguments.text)) != 1:
+        raise ValueError("give one of --suite NAME, --tasks FILE (with --reward) and --text FILE")
     if arguments.tasks is not None and arguments.reward is None:
-        raise ValueError("--tasks needs --reward: math, format, length, or a function as module:name or file.py:name")
+        raise ValueError(
+            "--tasks needs --reward: math, code, format, length, or a function as module:name or file.py:name"
+        )
     if arguments.text is not None and (arguments.reward is not None or arguments.output is not None):
         raise ValueError("--reward and --output belong to --tasks, not to --text")
+    if arguments.suite is not None and arguments.reward is not None:
+        raise ValueError("--suite brings its own reward: leave --reward out")
     with frozen_model(arguments) as frozen:
         metrics = evaluate_text(arguments, frozen) if arguments.text is not None else evaluate(arguments, frozen)
     print("\n".join(metric_lines(metrics)))
@@ -68,13 +76,19 @@ def evaluate_text(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]
 def evaluate(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]:
     from strop.data.sources import load_rows
     from strop.data.tasks import tasks_from_rows
+    from strop.evals.suites import load_suite
     from strop.evals.tasks import evaluate_tasks
     from strop.rewards.load import load_reward
     from strop.stages.begin import located_rewards
 
-    assert arguments.tasks is not None and arguments.reward is not None
-    tasks = tasks_from_rows(load_rows(arguments.tasks))[: arguments.limit]
-    (config,), _ = located_rewards([reward_config(arguments.reward)], arguments.runs_dir, arguments.device)
+    if arguments.suite is not None:
+        suite = load_suite(arguments.suite)
+        tasks, judge = suite.tasks, suite.reward
+    else:
+        assert arguments.tasks is not None and arguments.reward is not None
+        tasks, judge = tasks_from_rows(load_rows(arguments.tasks)), arguments.reward
+    tasks = tasks[: arguments.limit]
+    (config,), _ = located_rewards([reward_config(judge)], arguments.runs_dir, arguments.device)
     reward = load_reward(config)
     try:
         report = evaluate_tasks(

@@ -16,7 +16,7 @@ class RewardConfig:
     """
 
     name: str
-    """math, format, length, overlong, model, "package.module:function" or "path/file.py:function"."""
+    """math, code, format, length, overlong, model, "package.module:function" or "path/file.py:function"."""
     weight: float = 1.0
     """Its factor in the sum."""
     label: str = ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from strop.rewards.base import Reward, WeightedRewards
+from strop.rewards.code import CodeReward
 from strop.rewards.config import RewardConfig
 from strop.rewards.function import FunctionReward
 from strop.rewards.math import MathReward
@@ -16,6 +17,7 @@ from strop.rewards.text import FormatReward, OverlongPenalty, TargetLength
 
 _KINDS: dict[str, Callable[..., Reward]] = {
     "math": MathReward,
+    "code": CodeReward,
     "format": FormatReward,
     "length": TargetLength,
     "overlong": OverlongPenalty,
@@ -47,8 +49,8 @@ def load_rewards(specs: RewardSpec | Sequence[RewardSpec], *, max_infra_error_sh
 def load_reward(spec: RewardSpec) -> Reward:
     """The reward that a recipe names: "math", or a table {name = "math", answer_column = "solution", ...}.
 
-    name is math, format, length, overlong, model, "package.module:function" or "path/file.py:function"; the other keys
-    are the keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A
+    name is math, code, format, length, overlong, model, "package.module:function" or "path/file.py:function"; the other
+    keys are the keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A
     function is loaded at once, in its process; a reward model in this one. Raises ValueError naming the nearest known
     name or option.
     """

