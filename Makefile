@@ -3,11 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Debian packages; one line each. Without them their tests are skipped, and what needs them says so.
+SYSTEM := \
+	metamath \
+	metamath-databases
+
 # Two test processes with one thread each: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test bench lint
+.PHONY: help setup system demo check test bench lint
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -21,7 +26,16 @@ setup: .venv/.stamp  ## create .venv with the locked versions (again only when p
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@$(MAKE) --no-print-directory system
 	@touch $@
+
+system:  ## the Debian packages in SYSTEM: installed as root on Debian, else the line to run is printed
+	@missing=$$(for name in $(SYSTEM); do \
+		dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get install -y -qq --no-install-recommends $$missing >/dev/null && exit 0; fi; \
+	echo "Optional system packages are missing. On Debian: sudo apt-get install" $$missing
 
 demo: setup  ## raw text -> pretrain -> SFT -> GRPO -> frozen generation, with a report
 	$(BIN)/python recipes/demo/run.py

@@ -16,7 +16,11 @@ INTERVAL_ENDS = ("_low", "_high")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(ModelArguments, SamplingArguments):
-    """Frozen weights on held-out data: pass@k and maj@k (--tasks FILE --reward NAME) or bits per byte (--text FILE)."""
+    """Frozen weights on held-out data: pass@k and maj@k (--suite KIND:WHAT, or --tasks FILE --reward NAME), or bits per
+    byte (--text FILE)."""
+
+    suite: str | None = None
+    """Tasks with their reward: metamath:ql, metamath:set@wal, reasoning_gym:chain_sum, math:FILE (docs/tasks.md)."""
 
     tasks: str | None = None
     """Tasks: JSONL, Parquet or hf:NAME with a prompt column and what the reward needs (an answer column, say)."""
@@ -27,7 +31,7 @@ class Arguments(ModelArguments, SamplingArguments):
     k: tuple[int, ...] = (1,)
     """Report pass@k for each, at most num_samples."""
     limit: int | None = None
-    """Only so many tasks, from the top of the file."""
+    """Only so many tasks, from the top of the file (of a generator: so many, 100 unless told)."""
     text: str | None = None
     """A text file or any other data source: report bits per byte."""
     context_length: int = 1024
@@ -38,8 +42,10 @@ class Arguments(ModelArguments, SamplingArguments):
 
 def run(command: str, args: Sequence[str]) -> int:
     arguments = tyro.cli(Arguments, args=list(args), prog=f"strop {command}")
-    if (arguments.tasks is None) == (arguments.text is None):
-        raise ValueError("give either --tasks FILE (with --reward) or --text FILE")
+    if [arguments.suite, arguments.tasks, arguments.text].count(None) != 2:
+        raise ValueError("give one of --suite KIND:WHAT, --tasks FILE (with --reward) and --text FILE")
+    if arguments.suite is not None and arguments.reward is not None:
+        raise ValueError("--suite brings its own reward: leave --reward out, or give --tasks FILE")
     if arguments.tasks is not None and arguments.reward is None:
         raise ValueError("--tasks needs --reward: math, format, length, or a function as module:name or file.py:name")
     if arguments.text is not None and (arguments.reward is not None or arguments.output is not None):
@@ -62,13 +68,21 @@ def evaluate_text(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]
 def evaluate(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]:
     from strop.data.sources import load_rows
     from strop.data.tasks import tasks_from_rows
+    from strop.evals.suites import load_suite
     from strop.evals.tasks import evaluate_tasks
+    from strop.rewards.base import ChecksTasks
     from strop.rewards.load import load_reward
 
-    assert arguments.tasks is not None and arguments.reward is not None
-    tasks = tasks_from_rows(load_rows(arguments.tasks))[: arguments.limit]
-    reward = load_reward(arguments.reward)
+    if arguments.suite is not None:
+        suite = load_suite(arguments.suite, size=arguments.limit, seed=arguments.seed)
+        tasks, reward = tasks_from_rows(suite.rows), load_reward(suite.reward)
+    else:
+        assert arguments.tasks is not None and arguments.reward is not None
+        tasks = tasks_from_rows(load_rows(arguments.tasks))[: arguments.limit]
+        reward = load_reward(arguments.reward)
     try:
+        if arguments.suite is not None and isinstance(reward, ChecksTasks):
+            reward.check_tasks(tasks)
         report = evaluate_tasks(
             frozen.engine,
             frozen.tokenizer,

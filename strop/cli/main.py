@@ -26,6 +26,8 @@ use (weights are frozen; their hash is printed before and after)
   generate RUN[/STEP]|FOLDER    completions of one or many prompts
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
 
+  tasks    KIND:WHAT            tasks of a suite (Metamath, reasoning-gym, math) as a file for a recipe
+
 look
   runs list | show RUN | tree   the runs, one run, and which run started from which
   runs report RUN [RUN ...]     one HTML page: held-out figures, curves, samples, configuration
@@ -44,6 +46,7 @@ COMMANDS = {
     "eval": "evaluate",
     "generate": "generate",
     "chat": "chat",
+    "tasks": "tasks",
     "runs": "runs",
     "models": "models",
     "doctor": "doctor",

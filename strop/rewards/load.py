@@ -11,10 +11,12 @@ from strop.rewards.base import Reward, WeightedRewards
 from strop.rewards.config import RewardConfig
 from strop.rewards.function import FunctionReward
 from strop.rewards.math import MathReward
+from strop.rewards.metamath import MetamathReward
 from strop.rewards.text import FormatReward, OverlongPenalty, TargetLength
 
 _KINDS: dict[str, Callable[..., Reward]] = {
     "math": MathReward,
+    "metamath": MetamathReward,
     "format": FormatReward,
     "length": TargetLength,
     "overlong": OverlongPenalty,

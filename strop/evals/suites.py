@@ -1,0 +1,78 @@
+"""Named sets of tasks, each with the reward that judges them: what `strop eval --suite` and `strop tasks` offer."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from strop.data.sources import Rows, load_rows
+from strop.evals.metamath_tasks import metamath_rows
+from strop.rewards.metamath import find_database
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Tasks and their judge.
+
+    Example: Suite(rows=..., reward={"name": "metamath", "database": "ql"})
+    """
+
+    rows: Rows
+    reward: Mapping[str, Any]
+    """As rewards.load.load_reward takes it."""
+
+    def recipe_line(self) -> str:
+        """The reward as a line of a recipe."""
+        options = {key: value for key, value in self.reward.items() if key != "name"}
+        inner = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+        return f'rewards = [{{ name = "{self.reward["name"]}"' + (f", options = {{ {inner} }}" if inner else "") + " }]"
+
+
+def load_suite(name: str, *, size: int | None = None, seed: int = 0) -> Suite:
+    """The suite KIND:WHAT, its first `size` tasks (of a generator: so many, 100 unless told, decided by the seed).
+
+        metamath:ql, metamath:FILE.mm      theorems with proofs of at most 100 labels, the shortest first
+        metamath:set@wal                   only what stands before the label wal: set.mm's propositional part
+        math:FILE.jsonl                    any tasks with an answer column
+
+    Raises ValueError for an unknown kind, naming the nearest, and for what the kind itself refuses.
+    """
+    kind, _, what = name.partition(":")
+    if kind not in SUITES:
+        close = difflib.get_close_matches(kind, SUITES, n=1, cutoff=0.5)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"no suite {kind!r}{hint}; there are {', '.join(SUITES)}, as KIND:WHAT (metamath:ql)")
+    if not what:
+        raise ValueError(f"suite {name!r}: say which, as {EXAMPLES[kind]}")
+    if size is not None and size < 1:
+        raise ValueError(f"a suite needs at least one task, got {size}")
+    return SUITES[kind](what, size, seed)
+
+
+def _metamath(what: str, size: int | None, seed: int) -> Suite:
+    database, _, before = what.partition("@")
+    rows = metamath_rows(find_database(database), before=before)[:size]
+    places = [f"metamath:{database}:{row['theorem']}" for row in rows]
+    reward = {"name": "metamath", "database": database} | ({"before": before} if before else {})
+    return Suite(rows=_rows(rows, places, f"metamath:{what}"), reward=reward)
+
+
+def _math(what: str, size: int | None, seed: int) -> Suite:
+    rows = load_rows(what)
+    chosen = [rows[index] for index in range(len(rows))][:size]
+    places = [rows.where(index) for index in range(len(chosen))]
+    return Suite(rows=_rows(chosen, places, what), reward={"name": "math"})
+
+
+def _rows(rows: list[dict[str, Any]], places: list[str], source: str) -> Rows:
+    digest = hashlib.sha256("\n".join(json.dumps(row, sort_keys=True) for row in rows).encode()).hexdigest()
+    return Rows(rows, places=places, source=source, content_hash=digest)
+
+
+SUITES: dict[str, Callable[[str, int | None, int], Suite]] = {"metamath": _metamath, "math": _math}
+"""Kind -> builder(what, size, seed)."""
+EXAMPLES = {"metamath": "metamath:ql", "math": "math:FILE.jsonl"}
