@@ -11,6 +11,7 @@ from typing import Any
 
 from strop.data.sources import Rows, load_rows
 from strop.evals.metamath_tasks import metamath_rows
+from strop.evals.reasoning_tasks import reasoning_rows
 from strop.rewards.metamath import find_database
 
 
@@ -37,6 +38,7 @@ def load_suite(name: str, *, size: int | None = None, seed: int = 0) -> Suite:
 
         metamath:ql, metamath:FILE.mm      theorems with proofs of at most 100 labels, the shortest first
         metamath:set@wal                   only what stands before the label wal: set.mm's propositional part
+        reasoning_gym:chain_sum            questions of a dataset, or of several, joined by "+"
         math:FILE.jsonl                    any tasks with an answer column
 
     Raises ValueError for an unknown kind, naming the nearest, and for what the kind itself refuses.
@@ -61,6 +63,12 @@ def _metamath(what: str, size: int | None, seed: int) -> Suite:
     return Suite(rows=_rows(rows, places, f"metamath:{what}"), reward=reward)
 
 
+def _reasoning_gym(what: str, size: int | None, seed: int) -> Suite:
+    rows = reasoning_rows(what.split("+"), size=size or DEFAULT_SIZE, seed=seed)
+    places = [f"reasoning_gym:{row['dataset']}:{seed}:{row['index']}" for row in rows]
+    return Suite(rows=_rows(rows, places, f"reasoning_gym:{what}"), reward={"name": "reasoning_gym"})
+
+
 def _math(what: str, size: int | None, seed: int) -> Suite:
     rows = load_rows(what)
     chosen = [rows[index] for index in range(len(rows))][:size]
@@ -73,6 +81,13 @@ def _rows(rows: list[dict[str, Any]], places: list[str], source: str) -> Rows:
     return Rows(rows, places=places, source=source, content_hash=digest)
 
 
-SUITES: dict[str, Callable[[str, int | None, int], Suite]] = {"metamath": _metamath, "math": _math}
+DEFAULT_SIZE = 100
+"""Tasks of a generator."""
+
+SUITES: dict[str, Callable[[str, int | None, int], Suite]] = {
+    "metamath": _metamath,
+    "reasoning_gym": _reasoning_gym,
+    "math": _math,
+}
 """Kind -> builder(what, size, seed)."""
-EXAMPLES = {"metamath": "metamath:ql", "math": "math:FILE.jsonl"}
+EXAMPLES = {"metamath": "metamath:ql", "reasoning_gym": "reasoning_gym:chain_sum", "math": "math:FILE.jsonl"}

@@ -12,11 +12,13 @@ from strop.rewards.config import RewardConfig
 from strop.rewards.function import FunctionReward
 from strop.rewards.math import MathReward
 from strop.rewards.metamath import MetamathReward
+from strop.rewards.reasoning_gym import ReasoningGymReward
 from strop.rewards.text import FormatReward, OverlongPenalty, TargetLength
 
 _KINDS: dict[str, Callable[..., Reward]] = {
     "math": MathReward,
     "metamath": MetamathReward,
+    "reasoning_gym": ReasoningGymReward,
     "format": FormatReward,
     "length": TargetLength,
     "overlong": OverlongPenalty,

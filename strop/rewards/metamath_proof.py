@@ -29,6 +29,14 @@ class NotAProofError(ProofError):
 def check_labels(database: Database, theorem: Assertion, labels: Sequence[str]) -> None:
     """Returns when the labels, in normal reverse Polish order, prove the theorem from what stands before it.
 
+    Raises ProofError with the reason, as `conclusion` does, and where the conclusion is another than the theorem's.
+    """
+    _check_same(conclusion(database, theorem, labels), theorem)
+
+
+def conclusion(database: Database, theorem: Assertion, labels: Sequence[str]) -> Expression:
+    """What the labels prove at the theorem's place in the database, be it the theorem or not.
+
     For lists that a model wrote: only labels, no gap, and no more work than MAX_LABELS and MAX_SYMBOLS. Citable are the
     hypotheses of the theorem's own scope and complete earlier assertions. Raises ProofError with the reason.
     """
@@ -41,7 +49,7 @@ def check_labels(database: Database, theorem: Assertion, labels: Sequence[str]) 
             raise ProofError("a gap ('?') is no proof")
         if not LABEL.fullmatch(label):
             raise NotAProofError(f"{label[:40]!r} is no label")
-    _Checker(database, theorem, MAX_SYMBOLS).run(labels)
+    return _Checker(database, theorem, MAX_SYMBOLS).run(labels)
 
 
 def check_stored_proof(database: Database, theorem: Assertion) -> None:
@@ -52,9 +60,10 @@ def check_stored_proof(database: Database, theorem: Assertion) -> None:
     if theorem.is_unproven:
         raise ProofError("its proof has a gap ('?')")
     if theorem.proof[0] == "(":
-        checker.run_compressed(*decompress(theorem))
+        proved = checker.run_compressed(*decompress(theorem))
     else:
-        checker.run(theorem.proof)
+        proved = checker.run(theorem.proof)
+    _check_same(proved, theorem)
 
 
 def normal_labels(database: Database, theorem: Assertion, *, limit: int) -> list[str] | None:
@@ -134,12 +143,12 @@ class _Checker:
         self._stack: list[Expression] = []
         self._variables = database.variables
 
-    def run(self, labels: Sequence[str]) -> None:
+    def run(self, labels: Sequence[str]) -> Expression:
         for number, label in enumerate(labels, start=1):
             self._cite(number, self._find(number, label))
-        self._finish()
+        return self._result()
 
-    def run_compressed(self, labels: Sequence[str], steps: Sequence[int]) -> None:
+    def run_compressed(self, labels: Sequence[str], steps: Sequence[int]) -> Expression:
         cited = [self._find(number, label) for number, label in enumerate(labels, start=1)]
         saved: list[Expression] = []
         for number, step in enumerate(steps, start=1):
@@ -151,7 +160,7 @@ class _Checker:
                 self._stack.append(saved[step - len(cited)])
             else:
                 raise ProofError(f"step {number} goes back to a result that was not saved")
-        self._finish()
+        return self._result()
 
     def _find(self, number: int, label: str) -> Hypothesis | Assertion:
         theorem = self._theorem
@@ -231,11 +240,15 @@ class _Checker:
                     f"step {number}: {cited.label} needs {x} and {y} disjoint, which the theorem does not say"
                 )
 
-    def _finish(self) -> None:
+    def _result(self) -> Expression:
         if len(self._stack) != 1:
             raise ProofError(f"{len(self._stack)} results are left at the end, not one")
-        if self._stack[0] != self._theorem.expression:
-            raise ProofError(f"proves {_shown(self._stack[0])}, not {_shown(self._theorem.expression)}")
+        return self._stack[0]
+
+
+def _check_same(proved: Expression, theorem: Assertion) -> None:
+    if proved != theorem.expression:
+        raise ProofError(f"proves {_shown(proved)}, not {_shown(theorem.expression)}")
 
 
 def _shown(expression: Expression) -> str:

@@ -327,7 +327,10 @@ def test_print_config_prints_the_resolved_recipe_and_trains_nothing(
         (["grop", "x.toml"], "strop: error: no command 'grop' (did you mean 'grpo'?)"),
         (["toy", "--resume", "x.toml"], "strop: error: the recipe comes first: strop toy RECIPE.toml --resume"),
         (["toy", "no/such.toml"], "strop: error: no/such.toml: no such recipe"),
-        (["eval", "runs/x"], "strop: error: give either --tasks FILE (with --reward) or --text FILE"),
+        (
+            ["eval", "runs/x"],
+            "strop: error: give one of --suite KIND:WHAT, --tasks FILE (with --reward) and --text FILE",
+        ),
         (["eval", "x", "--tasks", "t"], "strop: error: --tasks needs --reward"),
         (["eval", "x", "--text", "t", "--reward", "math"], "strop: error: --reward and --output belong to --tasks"),
         (["generate", "x"], "strop: error: give either --prompt TEXT or --file FILE"),
