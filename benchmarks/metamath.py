@@ -120,11 +120,10 @@ def library_verdicts(text: str, labels: Sequence[str]) -> dict[str, bool] | None
         database = parse(str(path))
     verdicts: dict[str, bool] = {}
     for label in labels:
-        rule = database.rules[label]
         try:
-            root, _ = verify_proof(database, rule)
-            verdicts[label] = root.conclusion == rule.consequent.tokens
-        except Exception:
+            verify_proof(database, database.rules[label])
+            verdicts[label] = True
+        except Exception:  # it asserts, and fails with IndexError and KeyError, on what is no proof
             verdicts[label] = False
     return verdicts
 

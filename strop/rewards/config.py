@@ -16,7 +16,8 @@ class RewardConfig:
     """
 
     name: str
-    """math, format, length, overlong, "package.module:function" or "path/file.py:function"."""
+    """math, metamath, reasoning_gym, judge, format, length, overlong, "package.module:function" or
+    "path/file.py:function"."""
     weight: float = 1.0
     """Its factor in the sum."""
     label: str = ""

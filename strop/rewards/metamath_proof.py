@@ -59,11 +59,8 @@ def check_stored_proof(database: Database, theorem: Assertion) -> None:
         raise ProofError(f"{theorem.label} is an axiom")
     if theorem.is_unproven:
         raise ProofError("its proof has a gap ('?')")
-    if theorem.proof[0] == "(":
-        proved = checker.run_compressed(*decompress(theorem))
-    else:
-        proved = checker.run(theorem.proof)
-    _check_same(proved, theorem)
+    is_compressed = theorem.proof[0] == "("
+    _check_same(checker.run_compressed(*decompress(theorem)) if is_compressed else checker.run(theorem.proof), theorem)
 
 
 def normal_labels(database: Database, theorem: Assertion, *, limit: int) -> list[str] | None:

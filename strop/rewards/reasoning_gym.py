@@ -12,19 +12,10 @@ from strop.types import Completion, Task, Verdict
 MAX_ANSWER_CHARS = 4000
 SOURCE_COLUMNS = ("dataset", "seed", "size", "index")
 
-RUNS_MODEL_TEXT = frozenset(
-    [
-        "binary_matrix",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-        "composite",
-    ]
+RUNS_MODEL_TEXT = (
+    *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
+    *("simple_integration", "spiral_matrix", "string_insertion"),
+    "composite",
 )
 """Datasets whose scorer gives the answer to eval() or to sympy.parse_expr(), which calls eval(); read in the source of
 0.1.25. composite can hold any of them."""
@@ -38,8 +29,8 @@ class ReasoningGymReward:
     comes from the policy. With partial, 0 to 1: (score - floor) / (1 - floor), where the floor is what the scorer gives
     for an answer that is none: several datasets pay 0.01 or more for any text.
 
-    Nine datasets run the answer as Python code (RUNS_MODEL_TEXT). They are refused, unless unsafe_local is true: then the
-    worker still bounds time and memory, but what a model writes there can read and delete this user's files.
+    Nine datasets run the answer as Python code (RUNS_MODEL_TEXT). They are refused, unless unsafe_local is true: then
+    the worker still bounds time and memory, but what a model writes there can read and delete this user's files.
 
     Status: ok, wrong, unparsed (no answer, or too long), timeout, killed, infra_error.
     """
@@ -90,7 +81,10 @@ class ReasoningGymReward:
             found = reply.value
             question = task.columns.get("question")
             if question is not None and question != found["question"]:
-                raise ValueError(f"{task.id}: the installed reasoning-gym asks something else: make the tasks again")
+                raise ValueError(
+                    f"{task.id}: made again, the question is another one: the tasks come from another version of "
+                    "reasoning-gym, or the dataset is not the same in every process"
+                )
             if found["score"] < 1.0:
                 raise ValueError(f"{task.id}: the gold answer {found['gold']!r:.80} scores {found['score']:.2f}, not 1")
             if found["floor"] >= 1.0:
@@ -131,8 +125,8 @@ def check_dataset(dataset: str, where: str, *, unsafe_local: bool) -> None:
     """ValueError for a dataset whose scorer runs the answer, unless the user takes that on himself."""
     if dataset in RUNS_MODEL_TEXT and not unsafe_local:
         raise ValueError(
-            f"{where}: the scorer of reasoning-gym's {dataset!r} runs the model's answer as Python code, and there is no "
-            "sandbox for it: use another dataset, or write unsafe_local = true in the reward's options"
+            f"{where}: the scorer of reasoning-gym's {dataset!r} runs the model's answer as Python code, and there is "
+            "no sandbox for it: use another dataset, or write unsafe_local = true in the reward's options"
         )
 
 

@@ -329,7 +329,7 @@ def test_print_config_prints_the_resolved_recipe_and_trains_nothing(
         (["toy", "no/such.toml"], "strop: error: no/such.toml: no such recipe"),
         (
             ["eval", "runs/x"],
-            "strop: error: give one of --suite KIND:WHAT, --tasks FILE (with --reward) and --text FILE",
+            "strop: error: give one of --suite KIND:WHAT, --tasks FILE",
         ),
         (["eval", "x", "--tasks", "t"], "strop: error: --tasks needs --reward"),
         (["eval", "x", "--text", "t", "--reward", "math"], "strop: error: --reward and --output belong to --tasks"),
