@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OUTPUT = Path("runs/proofs-data")
 
-SIZES = {"sft": 160, "tasks": 3000, "held_out": 200}
+SIZES = {"sft": 120, "tasks": 480, "held_out": 120}
 SHAPES_IN_TEXT = 24_000
 """Lines of pre-training text: formulas with their construction, which is how every proof begins."""
 
@@ -24,7 +24,7 @@ Formula = tuple["Formula", ...] | str
 """A variable, (a,) for ~ a, or (a, b) for ( a > b )."""
 
 
-def formula(rng: random.Random, depth: int = 2) -> Formula:
+def formula(rng: random.Random, depth: int = 1) -> Formula:
     draw = rng.random()
     if depth == 0 or draw < 0.5:
         return rng.choice("pqr")
@@ -99,10 +99,11 @@ def write_proof_data(folder: Path, *, seed: int = 0) -> None:
             seen.add(statement)
             prompt = [{"role": "user", "content": symbols(goal)}]
             rows.append({"prompt": prompt, "theorem": f"t{len(rows)}", "statement": statement, "proof": proof})
+    rng.shuffle(rows)  # the small kinds run out of new statements first
     database = [(HERE / "logic.mm").read_text(encoding="utf-8")]
     database += [f"{row['theorem']} $p {row['statement']} $= ? $.\n" for row in rows]
     (folder / "logic.mm").write_text("".join(database), encoding="utf-8")
-    lines = [f"{symbols(a)} : {construction(a)}" for a in (formula(rng, 3) for _ in range(SHAPES_IN_TEXT))]
+    lines = [f"{symbols(a)} : {construction(a)}" for a in (formula(rng, 2) for _ in range(SHAPES_IN_TEXT))]
     documents = ["\n".join(lines[start : start + 8]) for start in range(0, len(lines), 8)]
     (folder / "formulas.txt").write_text("\n<|endoftext|>\n".join(documents) + "\n", encoding="utf-8")
     start = 0

@@ -1,5 +1,5 @@
 $( A small Metamath database: propositional logic with implication and negation, after Lukasiewicz. Symbols and
-   labels are short, since a model of half a million parameters has to write them. $)
+   labels are short, since a model of a hundred thousand parameters has to write them. $)
 
 $c ( ) > ~ wff |- $.
 $v p q r $.
