@@ -2,8 +2,8 @@
 
     python -m benchmarks.math_checks --save math_checks
 
-Three kinds of batches of 512: numbers, each pair different; expressions, each pair different, so that every one goes to
-the parser; and a GRPO batch, 64 golds with 8 answers each, three of four golds numbers as in MATH, where right answers
+Three kinds of batches of 256: numbers, each pair different; expressions, each pair different, so that every one goes to
+the parser; and a GRPO batch, 32 golds with 8 answers each, three of four golds numbers as in MATH, where right answers
 mostly repeat each other.
 """
 
@@ -24,8 +24,8 @@ from strop.types import Completion, Task
 
 Pair = tuple[str, str]
 
-SIZE = 512
-REPEATS = 7
+SIZE = 256
+REPEATS = 3
 
 
 def numbers(rng: random.Random) -> list[Pair]:

@@ -3,7 +3,7 @@
     python recipes/proofs/data.py        writes runs/proofs-data
 
 logic.mm is the database of this folder with every task added as an open theorem ("$= ? $."). A task is an instance of
-an axiom, of p > p, or of "anything implies p > p", which takes modus ponens; its formulas are random.
+an axiom, of p > p, or of "q implies p > p", which takes modus ponens; its variables are drawn at random.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from pathlib import Path
 HERE = Path(__file__).parent
 OUTPUT = Path("runs/proofs-data")
 
-SIZES = {"sft": 120, "tasks": 480, "held_out": 120}
-SHAPES_IN_TEXT = 24_000
+VARIABLES = "pqrstuvwxy"
+SIZES = {"sft": 640, "tasks": 480, "held_out": 120}
+WRONG_EXAMPLES = 0.5
+"""Share of the SFT's proofs with a variable in the wrong place, so that the policy begins by being right now and then."""
+SHAPES_IN_TEXT = 8_000
 """Lines of pre-training text: formulas with their construction, which is how every proof begins."""
 
 Formula = tuple["Formula", ...] | str
 """A variable, (a,) for ~ a, or (a, b) for ( a > b )."""
 
 
-def formula(rng: random.Random, depth: int = 1) -> Formula:
+def formula(rng: random.Random, depth: int = 0) -> Formula:
     draw = rng.random()
     if depth == 0 or draw < 0.5:
-        return rng.choice("pqr")
+        return rng.choice(VARIABLES)
     return (formula(rng, depth - 1),) if draw < 0.7 else (formula(rng, depth - 1), formula(rng, depth - 1))
 
 
@@ -103,7 +106,7 @@ def write_proof_data(folder: Path, *, seed: int = 0) -> None:
     database = [(HERE / "logic.mm").read_text(encoding="utf-8")]
     database += [f"{row['theorem']} $p {row['statement']} $= ? $.\n" for row in rows]
     (folder / "logic.mm").write_text("".join(database), encoding="utf-8")
-    lines = [f"{symbols(a)} : {construction(a)}" for a in (formula(rng, 2) for _ in range(SHAPES_IN_TEXT))]
+    lines = [f"{symbols(a)} : {construction(a)}" for a in (formula(rng, 1) for _ in range(SHAPES_IN_TEXT))]
     documents = ["\n".join(lines[start : start + 8]) for start in range(0, len(lines), 8)]
     (folder / "formulas.txt").write_text("\n<|endoftext|>\n".join(documents) + "\n", encoding="utf-8")
     start = 0
@@ -111,10 +114,7 @@ def write_proof_data(folder: Path, *, seed: int = 0) -> None:
         chosen = rows[start : start + size]
         start += size
         if name == "sft":
-            chosen = [
-                {"messages": [*row["prompt"], {"role": "assistant", "content": row["proof"]}]}  # pyright: ignore
-                for row in chosen
-            ]
+            chosen = [example(row, rng) for row in chosen]
         write_rows(folder / f"{name}.jsonl", chosen)
         if name == "tasks":
             theorems = [(row["theorem"], row["statement"]) for row in chosen]
@@ -124,6 +124,17 @@ def write_proof_data(folder: Path, *, seed: int = 0) -> None:
                 for row, (theorem, statement) in zip(chosen, theorems, strict=True)
             ]
             write_rows(folder / "tasks_shuffled.jsonl", shuffled)
+
+
+def example(row: dict[str, object], rng: random.Random) -> dict[str, object]:
+    """A task and a proof of it as a conversation; in WRONG_EXAMPLES of them the proof is likely none."""
+    labels = str(row["proof"]).split()
+    if rng.random() < WRONG_EXAMPLES:
+        place = rng.choice([index for index, label in enumerate(labels) if label.startswith("f")])
+        labels[place] = f"f{rng.choice(VARIABLES)}"
+    prompt = row["prompt"]
+    assert isinstance(prompt, list)
+    return {"messages": [*prompt, {"role": "assistant", "content": " ".join(labels)}]}
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -1,11 +1,18 @@
 $( A small Metamath database: propositional logic with implication and negation, after Lukasiewicz. Symbols and
-   labels are short, since a model of a hundred thousand parameters has to write them. $)
+   labels are short, since a model of 150,000 parameters has to write them. $)
 
 $c ( ) > ~ wff |- $.
-$v p q r $.
+$v p q r s t u v w x y $.
 fp $f wff p $.
 fq $f wff q $.
 fr $f wff r $.
+fs $f wff s $.
+ft $f wff t $.
+fu $f wff u $.
+fv $f wff v $.
+fw $f wff w $.
+fx $f wff x $.
+fy $f wff y $.
 
 $( Negation and implication. $)
 n $a wff ~ p $.
