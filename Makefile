@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Debian packages: a compiler for the C++ kernels, the sandbox of code rewards, a browser for the tests of the pages.
-SYSTEM := g++ bubblewrap chromium chromium-driver
+# Debian packages: a compiler for the C++ kernels, the sandbox of code rewards, databases of proofs and the program that
+# ours is compared with, a browser for the tests of the pages.
+SYSTEM := g++ bubblewrap metamath metamath-databases chromium chromium-driver
 
 # Two test processes with one thread each: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal

@@ -12,6 +12,7 @@ import sys
 import time
 
 from benchmarks.__main__ import machine
+from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
 from strop.rewards.code import CodeReward
 from strop.types import Completion
@@ -25,7 +26,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=164, help="only so many")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    tasks = load_suite("humaneval").tasks[: options.tasks]
+    tasks = tasks_from_rows(load_suite("humaneval").rows)[: options.tasks]
     answers = [
         Completion(token_ids=(), sampling_logprobs=(), finish_reason="stop", text=task.columns["solution"])
         for task in tasks

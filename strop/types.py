@@ -95,6 +95,9 @@ class Verdict:
     status: VerdictStatus = "ok"
     detail: str = ""
     milliseconds: float = 0.0
+    second_opinion: bool | None = None
+    """Whether another, cruder judge calls it right; None where there is none. It never changes the score: how often the
+    two disagree is logged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,11 +21,12 @@ INTERVAL_ENDS = ("_low", "_high")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(ModelArguments, SamplingArguments):
-    """Frozen weights on held-out data: pass@k and maj@k (--suite NAME, or --tasks FILE --reward NAME) or bits per byte
+    """Frozen weights on held-out data: pass@k and maj@k (--suite NAME, or --tasks FILE --reward NAME), or bits per byte
     (--text FILE)."""
 
     suite: str | None = None
-    """Tasks that come with a package, and their reward: humaneval, or humaneval-chat for a chat model."""
+    """Tasks with their reward: humaneval, humaneval-chat, metamath:ql, metamath:set@wal, reasoning_gym:chain_sum,
+    math:FILE (docs/tasks.md)."""
 
     tasks: str | None = None
     """Tasks: JSONL, Parquet or hf:NAME with a prompt column and what the reward needs (an answer column, say)."""
@@ -37,7 +38,7 @@ class Arguments(ModelArguments, SamplingArguments):
     k: tuple[int, ...] = (1,)
     """Report pass@k for each, at most num_samples."""
     limit: int | None = None
-    """Only so many tasks, from the top of the file."""
+    """Only so many tasks, from the top of the file (of a generator: so many, 100 unless told)."""
     text: str | None = None
     """A text file or any other data source: report bits per byte."""
     context_length: int = 1024
@@ -78,19 +79,21 @@ def evaluate(arguments: Arguments, frozen: FrozenModel) -> dict[str, float]:
     from strop.data.tasks import tasks_from_rows
     from strop.evals.suites import load_suite
     from strop.evals.tasks import evaluate_tasks
+    from strop.rewards.base import ChecksTasks
     from strop.rewards.load import load_reward
     from strop.stages.begin import located_rewards
 
     if arguments.suite is not None:
-        suite = load_suite(arguments.suite)
-        tasks, judge = suite.tasks, suite.reward
+        suite = load_suite(arguments.suite, size=arguments.limit, seed=arguments.seed)
+        tasks, config = tasks_from_rows(suite.rows), suite.reward
     else:
         assert arguments.tasks is not None and arguments.reward is not None
-        tasks, judge = tasks_from_rows(load_rows(arguments.tasks)), arguments.reward
-    tasks = tasks[: arguments.limit]
-    (config,), _ = located_rewards([reward_config(judge)], arguments.runs_dir, arguments.device)
+        tasks = tasks_from_rows(load_rows(arguments.tasks))[: arguments.limit]
+        (config,), _ = located_rewards([reward_config(arguments.reward)], arguments.runs_dir, arguments.device)
     reward = load_reward(config)
     try:
+        if arguments.suite is not None and isinstance(reward, ChecksTasks):
+            reward.check_tasks(tasks)
         report = evaluate_tasks(
             frozen.engine,
             frozen.tokenizer,

@@ -29,6 +29,8 @@ use (weights are frozen; their hash is printed before and after)
   generate RUN[/STEP]|FOLDER    completions of one or many prompts
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
 
+  tasks    NAME                 tasks of a suite (HumanEval, Metamath, reasoning-gym, math) as a file for a recipe
+
 people
   rank     STORE                answers ranked by people in a browser, on this machine only unless told otherwise
       --prompts FILE --from RUN[/STEP]|FOLDER     sample answers first; --from again compares checkpoints
@@ -58,6 +60,7 @@ COMMANDS = {
     "generate": "generate",
     "chat": "chat",
     "rank": "rank",
+    "tasks": "tasks",
     "runs": "runs",
     "models": "models",
     "doctor": "doctor",

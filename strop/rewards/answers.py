@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+MAX_NESTING = 30
+"""Brackets inside one another. The grammar's time grows steeply with them, and no answer needs ten."""
 MAX_ANSWER_CHARS = 300
 """A longer answer is unparsed: no gold needs it, and it is where hedges and parser bombs live."""
 
@@ -258,6 +260,11 @@ def why_explosive(text: str) -> str | None:
         return "exponent with seven digits or more"
     if _tower_height(text) > 2:
         return "power tower"
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth > MAX_NESTING:
+            return f"brackets nested deeper than {MAX_NESTING}"
     return None
 
 

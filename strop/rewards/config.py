@@ -16,7 +16,8 @@ class RewardConfig:
     """
 
     name: str
-    """math, code, format, length, overlong, model, "package.module:function" or "path/file.py:function"."""
+    """math, code, metamath, reasoning_gym, model, judge, format, length, overlong, "package.module:function" or
+    "path/file.py:function"."""
     weight: float = 1.0
     """Its factor in the sum."""
     label: str = ""

@@ -11,13 +11,19 @@ from strop.rewards.base import Reward, WeightedRewards
 from strop.rewards.code import CodeReward
 from strop.rewards.config import RewardConfig
 from strop.rewards.function import FunctionReward
+from strop.rewards.judge import JudgeReward
 from strop.rewards.math import MathReward
+from strop.rewards.metamath import MetamathReward
 from strop.rewards.model import ModelReward
+from strop.rewards.reasoning_gym import ReasoningGymReward
 from strop.rewards.text import FormatReward, OverlongPenalty, TargetLength
 
 _KINDS: dict[str, Callable[..., Reward]] = {
+    "judge": JudgeReward,
     "math": MathReward,
     "code": CodeReward,
+    "metamath": MetamathReward,
+    "reasoning_gym": ReasoningGymReward,
     "format": FormatReward,
     "length": TargetLength,
     "overlong": OverlongPenalty,
@@ -49,10 +55,9 @@ def load_rewards(specs: RewardSpec | Sequence[RewardSpec], *, max_infra_error_sh
 def load_reward(spec: RewardSpec) -> Reward:
     """The reward that a recipe names: "math", or a table {name = "math", answer_column = "solution", ...}.
 
-    name is math, code, format, length, overlong, model, "package.module:function" or "path/file.py:function"; the other
-    keys are the keyword arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A
-    function is loaded at once, in its process; a reward model in this one. Raises ValueError naming the nearest known
-    name or option.
+    name is a key of _KINDS, model, "package.module:function" or "path/file.py:function"; the other keys are the keyword
+    arguments of that reward's class; label is its name in metrics; weight is for load_rewards. A function is loaded at
+    once, in its process; a reward model in this one. Raises ValueError naming the nearest known name or option.
     """
     if isinstance(spec, RewardConfig):
         spec = spec.spec()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from strop.rewards.answers import (
     read_number,
     why_explosive,
 )
+from strop.rewards.math_text import loosely_equal, same_text
 from strop.rewards.worker import Reply, WorkerPool
 from strop.types import Completion, Task, Verdict
 
@@ -23,7 +25,11 @@ class MathReward:
     One answer is cut out of the completion (answers.extract_answer) and compared exactly (math_worker.MathJudge).
     When the gold is a number, an equal answer is not enough: "37\times 41" for 1517 is the question copied into the
     box, and scores 0. Two numbers without units are compared right here, which is a hundred times faster than in the
-    worker and gives the same result.
+    worker and gives the same result; so are two texts that differ in nothing that LaTeX shows, and a pair that comes
+    several times in a batch goes to the worker once.
+
+    Every answer is also compared as plain text (math_text.loosely_equal). That second opinion scores nothing; the share
+    of answers on which it differs is the metric disagreement/math, and the detail of such a verdict says so.
 
     Status: ok, wrong, unparsed (no answer, or not math), timeout (killed at the deadline), killed (crashed its worker),
     infra_error (the worker could not start, or a gold that check_tasks would have refused).
@@ -63,10 +69,10 @@ class MathReward:
         """One verdict per pair tasks[i], completions[i]. Raises ValueError when a task has no gold."""
         golds = [self._gold(task) for task in tasks]
         answers = [extract_answer(completion.text, self._answer_pattern) for completion in completions]
-        verdicts = self._judge(golds, answers)
+        verdicts = self._judge(golds, answers, trust_same_text=True)
         return [
-            verdict if verdict.status != "infra_error" else _naming(task, verdict)
-            for task, verdict in zip(tasks, verdicts, strict=True)
+            _naming(task, verdict) if verdict.status == "infra_error" else _with_opinion(gold, answer, verdict)
+            for task, gold, answer, verdict in zip(tasks, golds, answers, verdicts, strict=True)
         ]
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:
@@ -79,7 +85,7 @@ class MathReward:
             first_task.setdefault(self._gold(task), task)
         golds = list(first_task)
         bad: list[tuple[Task, str]] = []
-        for gold, verdict in zip(golds, self._judge(golds, golds), strict=True):
+        for gold, verdict in zip(golds, self._judge(golds, golds, trust_same_text=False), strict=True):
             if verdict.status == "infra_error" and not verdict.detail.startswith(_BAD_GOLD):
                 raise RuntimeError(f"reward {self.name!r} cannot check the tasks: {verdict.detail}")
             if verdict.status != "ok":
@@ -118,18 +124,21 @@ class MathReward:
             raise ValueError(f"{task.id}: no gold found in {value!r:.120} by the pattern {self._gold_pattern!r}")
         return gold
 
-    def _judge(self, golds: Sequence[str], answers: Sequence[str | None]) -> list[Verdict]:
-        verdicts = [self._judge_by_text(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
-        open_cases = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    def _judge(self, golds: Sequence[str], answers: Sequence[str | None], *, trust_same_text: bool) -> list[Verdict]:
+        pairs = list(zip(golds, answers, strict=True))
+        judged = {pair: self._judge_by_text(*pair, trust_same_text=trust_same_text) for pair in dict.fromkeys(pairs)}
+        open_pairs = [pair for pair, verdict in judged.items() if verdict is None]
         requests = [
-            {"gold": golds[i], "answer": answers[i], "float_tolerance": self._float_tolerance} for i in open_cases
+            {"gold": gold, "answer": answer, "float_tolerance": self._float_tolerance} for gold, answer in open_pairs
         ]
-        for i, reply in zip(open_cases, self._pool.map(requests), strict=True):
-            verdicts[i] = _verdict(golds[i], answers[i] or "", reply)
+        for (gold, answer), reply in zip(open_pairs, self._pool.map(requests), strict=True):
+            judged[gold, answer] = _verdict(gold, answer or "", reply)
+        verdicts = [judged[pair] for pair in pairs]
         return [verdict for verdict in verdicts if verdict is not None]
 
-    def _judge_by_text(self, gold: str, answer: str | None) -> Verdict | None:
-        """The verdict where no parser is needed, else None."""
+    def _judge_by_text(self, gold: str, answer: str | None, *, trust_same_text: bool) -> Verdict | None:
+        """The verdict where no parser is needed, else None. The gold's own text is right only if the gold was checked:
+        trust_same_text."""
         if answer is None:
             return Verdict(score=0.0, status="unparsed", detail="no answer found")
         if len(answer) > MAX_ANSWER_CHARS:
@@ -138,6 +147,8 @@ class MathReward:
         if gold_number is not None and answer_number is not None:
             is_equal = numbers_equal(gold_number, answer_number, self._float_tolerance)
             return Verdict(score=1.0) if is_equal else _wrong(gold, answer, "not equal")
+        if trust_same_text and gold_number is None and same_text(gold, answer):
+            return Verdict(score=1.0)
         reason = why_explosive(answer)
         if reason is not None:
             return Verdict(score=0.0, status="unparsed", detail=reason)
@@ -166,6 +177,17 @@ def _wrong(gold: str, answer: str, detail: str, milliseconds: float = 0.0) -> Ve
     return Verdict(
         score=0.0, status="wrong", detail=f"{answer:.80} for {gold:.80}: {detail}", milliseconds=milliseconds
     )
+
+
+def _with_opinion(gold: str, answer: str | None, verdict: Verdict) -> Verdict:
+    if answer is None or len(answer) > MAX_ANSWER_CHARS:
+        return verdict
+    opinion = loosely_equal(gold, answer)
+    detail = verdict.detail
+    if opinion != (verdict.score > 0):
+        said = "as plain text they are equal" if opinion else f"as plain text {answer!r:.60} is not {gold!r:.60}"
+        detail = f"{detail}; {said}" if detail else said
+    return dataclasses.replace(verdict, detail=detail, second_opinion=opinion)
 
 
 def _naming(task: Task, verdict: Verdict) -> Verdict:

@@ -39,6 +39,10 @@ def rollout_metrics(groups: Sequence[Group], parts: Sequence[str]) -> dict[str, 
             metrics[f"score/{part}"] = sum(verdict.score for verdict in judged) / len(judged)
             for status in ("unparsed", "timeout", "killed"):
                 metrics[f"{status}/{part}"] = sum(verdict.status == status for verdict in judged) / len(judged)
+            doubted = [verdict for verdict in judged if verdict.second_opinion is not None]
+            if doubted:
+                differing = sum(verdict.second_opinion != (verdict.score > 0) for verdict in doubted)
+                metrics[f"disagreement/{part}"] = differing / len(doubted)
     return metrics
 
 

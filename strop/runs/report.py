@@ -54,6 +54,11 @@ CURVES = {
 }
 """Metric -> title, in the order of the page; those that a run did not log are left out."""
 
+LEARNED_JUDGE = (
+    "A learned judge gave (part of) this reward. It can be gamed: a rising reward may be a policy that found what the "
+    "judge likes. Read the samples, and trust figures that it has no part in."
+)
+
 SAMPLES_PER_STEP = 8
 MAX_TEXT = 1500
 """Characters of a prompt or completion that are shown."""
@@ -132,6 +137,7 @@ def _section(run: RunFolder, held_out: HeldOut | None) -> dict[str, Any]:
         "steps": rows[-1]["step"] if rows else 0,
         "seconds": training_seconds(rows),
         "held_out": held_out or logged_held_out(rows),
+        "warning": LEARNED_JUDGE if has_learned_judge(info["config"]) else "",
         "charts": charts,
         "samples": list(_samples(run.path / "samples.jsonl")),
         "config": json.dumps(info["config"], indent=2, ensure_ascii=False),
@@ -149,7 +155,10 @@ def _section(run: RunFolder, held_out: HeldOut | None) -> dict[str, Any]:
 def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """The figures of metrics.jsonl that have a chart. A null there (inf or nan) is None here."""
     found: list[Curve] = []
-    for metric, title in CURVES.items():
+    scores = dict.fromkeys(name for row in rows for name in row if name.startswith("score/"))
+    # One reward's score is the reward itself.
+    shown = CURVES | ({name: f"score of {name.removeprefix('score/')}" for name in scores} if len(scores) > 1 else {})
+    for metric, title in shown.items():
         logged = [row for row in rows if metric in row]
         # Where answers are right or wrong, their mean score says the same once more.
         if not logged or (metric == "eval/score" and "eval/pass@1" in logged[0]):
@@ -166,6 +175,13 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
             )
         )
     return found
+
+
+def has_learned_judge(config: Mapping[str, Any]) -> bool:
+    """Whether a network, not a verifier, gave a part of the reward."""
+    rewards = config.get("rewards")
+    parts = rewards if isinstance(rewards, list) else []
+    return any(isinstance(part, Mapping) and part.get("name") in ("judge", "model") for part in parts)
 
 
 def _share_of_groups(row: Mapping[str, Any]) -> float | None:

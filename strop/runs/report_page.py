@@ -138,6 +138,9 @@ optimiser steps, without evaluation.</p>
 {% endfor %}
 </div>
 {% endif %}
+{% if run.warning %}
+<p><strong>{{ run.warning }}</strong></p>
+{% endif %}
 <details><summary>Configuration, and where it was made</summary>
 <div class="dim">
 {% for name, fact in run.facts.items() %}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
 from strop.rewards.code import CodeReward
 from strop.rewards.sandbox import canary
@@ -18,23 +19,23 @@ def answer(text: str) -> Completion:
 
 
 def test_every_canonical_solution_scores_one_and_every_stub_zero():
-    suite = load_suite("humaneval")
-    assert len(suite.tasks) == 164
+    tasks = tasks_from_rows(load_suite("humaneval").rows)
+    assert len(tasks) == 164 and tasks[2].id == "HumanEval/2"
     reward = CodeReward(num_workers=2, timeout=20.0)
     try:
-        right = reward.score(suite.tasks, [answer(task.columns["solution"]) for task in suite.tasks])
-        assert [(task.id, v) for task, v in zip(suite.tasks, right, strict=True) if v.score != 1.0] == []
-        stubs = reward.score(suite.tasks, [answer("    pass\n") for _ in suite.tasks])
+        right = reward.score(tasks, [answer(task.columns["solution"]) for task in tasks])
+        assert [(task.id, v) for task, v in zip(tasks, right, strict=True) if v.score != 1.0] == []
+        stubs = reward.score(tasks, [answer("    pass\n") for _ in tasks])
         assert {verdict.status for verdict in stubs} == {"wrong"}
     finally:
         reward.close()
 
 
 def test_the_chat_form_accepts_the_same_solutions():
-    suite = load_suite("humaneval-chat")
+    tasks = tasks_from_rows(load_suite("humaneval-chat").rows)
     reward = CodeReward(num_workers=2, timeout=20.0)
     try:
-        some = suite.tasks[::20]
+        some = tasks[::20]
         verdicts = reward.score(some, [answer(task.columns["solution"]) for task in some])
         assert [verdict.status for verdict in verdicts] == ["ok"] * len(some)
         reward.check_tasks(some[:2])

