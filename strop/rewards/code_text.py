@@ -37,14 +37,13 @@ def last_block(text: str) -> str | None:
 def program(prompt: str | None, completion: str) -> str | None:
     """The program that an answer is, or None.
 
-    1. The last fenced block (last_block), when the answer has one.
-    2. Else, for a text prompt: prompt and completion in one, the completion cut at the first of CONTINUATION_STOPS.
-    3. Else (a chat without a block): the whole answer, None when it is empty.
+    A text prompt is continued: prompt and completion in one, the completion cut at the first of CONTINUATION_STOPS. A
+    fence there ends the program, whatever follows it. In a chat (prompt None) it is the last fenced block, or the whole
+    answer when it has no block; None when that is empty.
     """
-    block = last_block(completion)
-    if block is not None:
-        return block if block.strip() else None
     if prompt is None:
-        return completion if completion.strip() else None
+        block = last_block(completion)
+        code = completion if block is None else block
+        return code if code.strip() else None
     end = min((place for stop in CONTINUATION_STOPS if (place := completion.find(stop)) >= 0), default=len(completion))
     return prompt + completion[:end]

@@ -19,6 +19,7 @@ import pytest
 
 from strop.rewards import load_reward, load_rewards
 from strop.rewards.code import CodeReward
+from strop.rewards.code_text import program
 from strop.rewards.sandbox.canary import canary
 from strop.types import Completion, Task, Verdict
 
@@ -536,25 +537,26 @@ def test_a_verifier_ended_in_the_middle_leaves_no_process(how, whom, tmp_path):
         from strop.types import Completion, Task
         made = CodeReward(timeout={timeout}, num_workers=1)
         print(made._pool._workers[0]._process.pid, flush=True)
-        task = Task(id="x", prompt="", columns={INCREMENT!r})
+        task = Task(id="x", prompt=(), columns={INCREMENT!r})
         text = "```\\ndef f(x):\\n    while True: pass\\n```"
         made.score([task], [Completion(token_ids=(), sampling_logprobs=(), finish_reason="stop", text=text)])
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    worker = int(parent.stdout.readline())
-    assert wait_until(lambda: len(boxes_of(worker)) >= 4)
-    time.sleep(0.5)
-    inside = descendants(worker)
-    assert len(inside) >= 8  # each box is a bubblewrap and a python
-    os.kill(parent.pid if whom == "run" else worker, how)
-    assert wait_until(lambda: not any(is_running(pid) for pid in inside), 3.0)
-    if whom == "judge":
-        # The request is tried once more in a new judge, and is then that one's timeout.
-        assert parent.wait(40) == 0
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    with parent:
+        try:
+            assert parent.stdout is not None
+            worker = int(parent.stdout.readline())
+            assert wait_until(lambda: len(boxes_of(worker)) >= 4)
+            time.sleep(0.5)
+            inside = descendants(worker)
+            assert len(inside) >= 8  # each box is a bubblewrap and a python
+            os.kill(parent.pid if whom == "run" else worker, how)
+            assert wait_until(lambda: not any(is_running(pid) for pid in inside), 3.0)
+            if whom == "judge":
+                # The request is tried once more in a new judge, and is then that one's timeout.
+                assert parent.wait(40) == 0
+        finally:
+            parent.kill()
     assert wait_until(lambda: nobodys_orphans() == [])
 
 
@@ -612,11 +614,29 @@ def test_a_task_that_cannot_be_judged_is_named_before_training(reward, columns, 
     assert str(caught.value).startswith("tasks.jsonl:1: ")
 
 
-def test_a_text_prompt_is_continued_and_a_block_replaces_it(reward):
-    prompt = "def f(x):\n    return"
-    tasks = [task(INCREMENT, prompt)] * 4
-    texts = [" x + 1\n\nprint(f(", " x", "```py\ndef f(x): return x + 1\n```", "Sure:\n```\ndef f(x): return 2\n```"]
-    assert [v.score for v in reward.score(tasks, [answer(text) for text in texts])] == [1.0, 0.0, 1.0, 0.0]
+def test_a_text_prompt_is_continued_up_to_where_something_else_begins(reward):
+    texts = [" x + 1", " x", " x + 1\n\nprint(f(", " x + 1\n```\nThe function:\n```python\ndef f(x): return 3\n```"]
+    verdicts = reward.score([task(INCREMENT, "def f(x):\n    return")] * 4, [answer(text) for text in texts])
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a = 1", "a = 1"),
+        ("Sure:\n```python\na = 1\n```\nDone.", "a = 1\n"),
+        ("```python\na = 1\n```\nBetter:\n```py\na = 2\n```", "a = 2\n"),
+        ("```python\na = 1\n```\nOutput:\n```\n1\n```", "a = 1\n"),
+        ("```\na = 1\n```\nRun it:\n```bash\npython a.py\n```", "a = 1\n"),
+        ("```python\na = 1", "a = 1"),
+        ("~~~python\na = '```'\n~~~", "a = '```'\n"),
+        ("````python\n```\n````", "```\n"),
+        ("```python\n```", None),
+        ("  \n", None),
+    ],
+)
+def test_the_program_in_a_chat_is_the_last_python_block(text, expected):
+    assert program(None, text) == expected
 
 
 def test_options_are_checked():

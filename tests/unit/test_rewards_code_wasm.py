@@ -16,8 +16,8 @@ from strop.rewards.sandbox.box import BoxSettings
 from strop.rewards.sandbox.canary import canary
 from strop.types import Completion, Task
 
-TASK = Task(id="x", prompt="", columns={"entry_point": "f", "tests": "assert f(1) == 2\nassert f(-5) == -4"})
-PROGRAM = Task(id="x", prompt="", columns={"cases": [{"input": "1 2\n", "output": "3\n"}]})
+TASK = Task(id="x", prompt=(), columns={"entry_point": "f", "tests": "assert f(1) == 2\nassert f(-5) == -4"})
+PROGRAM = Task(id="x", prompt=(), columns={"cases": [{"input": "1 2\n", "output": "3\n"}]})
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,8 @@ ESCAPES = {
     "a process through multiprocessing": "import multiprocessing as m\nm.Process(target=id).start()\nreturn True",
     "posix_spawn": "return os.posix_spawn('/bin/true', ['true'], {}) > 0",
     "2 GB": "return len(bytearray(2 << 30)) > 0",
-    "fill /tmp": "with open('/tmp/a', 'wb') as a, open('/tmp/b', 'wb') as b:\n    for _ in range(20):\n"
-    "        a.write(bytes(1 << 20)); b.write(bytes(1 << 20))\nreturn True",
+    "fill /tmp": "for n in range(20):\n    with open(f'/tmp/{n}', 'wb') as it: it.write(bytes(1 << 20))\nreturn True",
+    "one file above the limit": "with open('/tmp/a', 'wb') as it: return it.write(bytes(17 << 20)) > 0",
     "fill /dev/shm": "return write('/dev/shm/x')",
     "write to the disk through /proc": "return write('/proc/self/cwd/../usr/strop-test')",
 }
@@ -152,7 +152,7 @@ def judge(bait: Bait, body: str, *, is_flood: bool = False) -> Verdict:
     code += "" if is_flood else "def f(x): return x + 1 if attack() else None"
     text = f"```python\n{code}\n```"
     completion = Completion(token_ids=(), sampling_logprobs=(), finish_reason="stop", text=text)
-    (verdict,) = bait.reward.score([Task(id="x", prompt="", columns=columns)], [completion])
+    (verdict,) = bait.reward.score([Task(id="x", prompt=(), columns=columns)], [completion])
     return verdict
 
 
