@@ -24,8 +24,8 @@ from strop.evals.tasks import evaluate_tasks
 from strop.evals.text import bits_per_byte
 from strop.models import CausalLM, Decoder, choose_dtype, init_model
 from strop.rewards.load import load_rewards
-from strop.runs import derive_seed, resolve
-from strop.runs.report import Estimate, HeldOut
+from strop.runs import derive_seed, read_lines, resolve
+from strop.runs.report import Estimate, HeldOut, logged_held_out
 from strop.stages import grpo
 from strop.tokenizer import Tokenizer
 
@@ -35,9 +35,13 @@ SEED = 0
 
 
 def measure(plan: Plan, judge: grpo.Config, runs_dir: Path) -> HeldOut:
-    """The held-out figure of a finished stage. `judge` is the pipeline's GRPO: its held-out tasks, its reward and its
-    sampling also measure the SFT before it."""
-    return measure_text(plan, runs_dir) if plan.entry.stage == "pretrain" else measure_tasks(plan, judge, runs_dir)
+    """The held-out figure of a finished stage. `judge` is the part's GRPO: its held-out tasks, its reward and its
+    sampling measure every policy, whatever that learned from."""
+    if plan.entry.stage == "pretrain":
+        return measure_text(plan, runs_dir)
+    if plan.entry.stage == "reward-model":
+        return measure_rankings(plan, runs_dir)
+    return measure_tasks(plan, judge, runs_dir)
 
 
 def measure_text(plan: Plan, runs_dir: Path) -> HeldOut:
@@ -71,6 +75,17 @@ def text_estimate(model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], c
     squares = sum((own - rate * size) ** 2 for own, size in zip(bits, sizes, strict=True))
     half = 1.96 * math.sqrt(squares * len(texts) / (len(texts) - 1)) / sum(sizes)
     return Estimate(value=rate, low=rate - half, high=rate + half)
+
+
+def measure_rankings(plan: Plan, runs_dir: Path) -> HeldOut:
+    """Held-out pairs of answers in the judge's order: with the head as it was drawn, and as it was trained."""
+    rows = list(read_lines(runs_dir / plan.entry.name / "metrics.jsonl"))
+    length_only = rows[-1]["eval/accuracy_length_only"]
+    num_rankings = len(load_rows(plan.config.eval_data))
+    logged = logged_held_out(rows)
+    assert logged is not None and logged.metric == "accuracy", "the recipe has eval_data"
+    note = f"{num_rankings} rankings (by length alone: {length_only:.3f})"
+    return dataclasses.replace(logged, note=note)
 
 
 def measure_tasks(plan: Plan, judge: grpo.Config, runs_dir: Path) -> HeldOut:
