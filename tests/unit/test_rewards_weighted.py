@@ -154,7 +154,7 @@ def test_names_and_their_kinds(spec, kind):
     ("spec", "message"),
     [
         ("maths", "'maths', did you mean 'math'"),
-        ("zzz", "'zzz'.*math, format, length, overlong.*module:function"),
+        ("zzz", "'zzz'.*math, .*format, length, overlong.*module:function"),
         ({"name": "math", "anwser_column": "x"}, "'anwser_column', did you mean 'answer_column'"),
         ({"name": "format"}, "needs the option 'pattern'"),
         ({"name": "math:sqrt", "function": "x"}, "no option 'function'"),
