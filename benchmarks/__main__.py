@@ -125,10 +125,15 @@ def origin() -> dict[str, str]:
     return {
         "command": " ".join(["python -m", Path(sys.argv[0]).parent.name, *sys.argv[1:]]),
         "commit": commit,
-        "machine": f"{_cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine(),
         "versions": ", ".join(f"{package} {_version(package)}" for package in sorted(packages)),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def machine() -> str:
+    """Processor, cores and Python, for the head of a result."""
+    return f"{_cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def heading(about: dict[str, str]) -> str:
