@@ -28,7 +28,6 @@ use (weights are frozen; their hash is printed before and after)
   eval     RUN[/STEP]|FOLDER    pass@k and maj@k on held-out tasks, or bits per byte of a text
   generate RUN[/STEP]|FOLDER    completions of one or many prompts
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
-
   tasks    NAME                 tasks of a suite (HumanEval, Metamath, reasoning-gym, math) as a file for a recipe
 
 people
