@@ -93,8 +93,9 @@ def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
 
 
 def is_scalar_folder(folder: str | Path) -> bool:
-    """Whether a model folder holds a sequence classifier, and not a language model."""
-    architectures = read_json(Path(folder) / "config.json").get("architectures") or []
+    """Whether a model folder holds a sequence classifier, and not a language model or a LoRA adapter of one."""
+    config = Path(folder) / "config.json"
+    architectures = (read_json(config).get("architectures") or []) if config.is_file() else []
     return any(str(name).endswith("ForSequenceClassification") for name in architectures)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from strop.models import CausalLM, Decoder, LoraConfig, choose_dtype, load_model, tokenizer_folder
-from strop.models.adapters import add_adapter, check_same_config
+from strop.models.adapters import adapter_parts, add_adapter, check_same_config, is_adapter
+from strop.models.lora import reference_of
 from strop.models.precision import DTYPES, fastest, measure_dtypes
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
@@ -77,6 +78,26 @@ def load_policy(start: Start, lora: LoraConfig | None, dtype: torch.dtype, devic
     else:
         check_same_config(model, lora, str(folder))
     return model
+
+
+def load_reference(
+    start: Start, policy: CausalLM, lora: LoraConfig | None, dtype: torch.dtype, device: str
+) -> CausalLM:
+    """The checkpoint that the run started from. With LoRA it is the policy's own base, without a second copy of it."""
+    assert start.parent is not None
+    folder = start.parent.path
+    if lora is None:
+        return load_model(folder, dtype=dtype, device=device, frozen=True)
+    assert isinstance(policy, Decoder)
+    return reference_of(policy, adapter_parts(policy, folder) if is_adapter(folder) else None)
+
+
+@torch.no_grad()
+def refresh_reference(reference: CausalLM, policy: CausalLM) -> None:
+    """The policy of this moment becomes the reference."""
+    current = dict(policy.named_parameters())
+    for name, old in reference.named_parameters():
+        old.copy_(current[name])
 
 
 def load_tokenizer(start: Start) -> Tokenizer:

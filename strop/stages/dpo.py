@@ -31,7 +31,7 @@ from strop.data import (
 )
 from strop.evals.comparisons import length_preference
 from strop.generation import Engine
-from strop.models import CausalLM, load_model, save_model
+from strop.models import CausalLM, save_model
 from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rewards.base import WeightedRewards
 from strop.rewards.load import load_rewards
@@ -40,7 +40,7 @@ from strop.rollouts.prompts import encode_prompts, longest_prompt
 from strop.rollouts.report import rollout_metrics
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
 from strop.stages import held_out
-from strop.stages.begin import chosen_dtype, kept_tokenizer, located_rewards
+from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer, located_rewards
 from strop.stages.compared import micro_batches
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_data import mismatched, read_comparisons
@@ -226,9 +226,9 @@ def prepare(
     tasks: Mapping[str, Sequence[Task]],
 ) -> tuple[Actors, ComparisonBatches | TaskBatches, Comparisons | None]:
     """Everything that the first step needs, checked; and the held-out comparisons."""
-    tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
+    tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
     dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_model(start.model_folder, dtype=dtype, device=config.device)
+    policy = load_policy(start, config.lora, dtype, config.device, config.seed)
     tokenizer.check_fits(policy.config.vocab_size)
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(tasks["online.tasks"], tokenizer, config.sampling.max_new_tokens, limit)

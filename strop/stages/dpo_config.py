@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from strop.models import LoraConfig
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
@@ -82,6 +83,8 @@ class Config:
 
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=5e-7, warmup_steps=0))
     """AdamW and its schedule."""
+    lora: LoraConfig | None = None
+    """Train only a LoRA adapter, its table [lora]; not set = all weights."""
     micro_batch_tokens: int = 2048
     """Tokens per forward and backward pass, each prompt once: bounds the activation memory, never the result."""
     max_length: int = 1024

@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from strop.data import Comparison, ComparisonBatches, TaskBatches
-from strop.models import CausalLM, load_model
+from strop.models import CausalLM
 from strop.runs import Start
 from strop.runs.files import sync
+from strop.stages.begin import load_reference, refresh_reference
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_loss import frozen_sums
 
@@ -40,11 +41,8 @@ class LiveReference:
             max_tokens=self._config.micro_batch_tokens,
         )
 
-    @torch.no_grad()
     def refresh(self, policy: CausalLM) -> None:
-        """The policy of this moment becomes the reference."""
-        for old, new in zip(self.model.parameters(), policy.parameters(), strict=True):
-            old.copy_(new)
+        refresh_reference(self.model, policy)
 
 
 class CachedReference:
@@ -127,8 +125,7 @@ def make_reference(
     if not config.keeps_reference and covers(start.run.path, config.num_steps):
         return read_cache(start.run.path)
     if config.keeps_reference or start.resumed is not None:
-        assert start.parent is not None
-        model = load_model(start.parent.path, dtype=policy.dtype, device=policy.device, frozen=True)
+        model = load_reference(start, policy, config.lora, policy.dtype, config.device)
     else:
         model = policy
     if config.keeps_reference:

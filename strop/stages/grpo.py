@@ -23,9 +23,7 @@ from torch import Tensor
 
 from strop.data import TaskBatches, load_rows, tasks_from_rows
 from strop.generation import Engine
-from strop.models import CausalLM, Decoder, load_model, save_model
-from strop.models.adapters import adapter_parts, is_adapter
-from strop.models.lora import reference_of
+from strop.models import CausalLM, save_model
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
     sequence_sum,
@@ -46,7 +44,15 @@ from strop.rollouts.prompts import encode_prompts, longest_prompt
 from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
 from strop.stages import held_out
-from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer, located_rewards
+from strop.stages.begin import (
+    chosen_dtype,
+    kept_tokenizer,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    located_rewards,
+    refresh_reference,
+)
 from strop.stages.grpo_config import Config
 from strop.stages.grpo_loss import micro_loss
 from strop.tokenizer import Tokenizer
@@ -247,7 +253,7 @@ def _train(
     dtype = chosen_dtype(start, config.dtype, config.device)
     policy = load_policy(start, config.lora, dtype, config.device, config.seed)
     tokenizer.check_fits(policy.config.vocab_size)
-    reference = load_reference(start, policy, dtype, config) if config.kl_coef else None
+    reference = load_reference(start, policy, config.lora, dtype, config.device) if config.kl_coef else None
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(train_tasks, tokenizer, config.sampling.max_new_tokens, limit)
     eval_ids = encode_prompts(eval_tasks, tokenizer, config.sampling.max_new_tokens, limit)
@@ -288,32 +294,14 @@ def _train(
                 lambda groups=groups, batch=batch: save_failed_rollout(run.path, actors.tokenizer, groups, batch),
             )
             if config.reference_refresh_steps and step % config.reference_refresh_steps == 0:
-                refresh_reference(actors)
+                assert actors.reference is not None
+                refresh_reference(actors.reference, actors.policy)
             is_stopped = interrupt.is_requested  # looked at once: a signal after the save is for the next step
             if is_last or step % config.save_every == 0 or is_stopped:
                 save(run, step, actors, tasks, skipped, config)
             progress.update(step, {"reward": metrics["reward"], "tokens/s": metrics["time/tokens_per_second"]})
             if is_stopped and not is_last:
                 interrupt.exit()
-
-
-def load_reference(start: Start, policy: CausalLM, dtype: torch.dtype, config: Config) -> CausalLM:
-    """The checkpoint that the run started from. With LoRA it is the policy's own base, without a second copy of it."""
-    assert start.parent is not None
-    folder = start.parent.path
-    if config.lora is None:
-        return load_model(folder, dtype=dtype, device=config.device, frozen=True)
-    assert isinstance(policy, Decoder)
-    return reference_of(policy, adapter_parts(policy, folder) if is_adapter(folder) else None)
-
-
-def refresh_reference(actors: Actors) -> None:
-    """The policy of this moment becomes the reference."""
-    assert actors.reference is not None
-    current = dict(actors.policy.named_parameters())
-    with torch.no_grad():
-        for name, old in actors.reference.named_parameters():
-            old.copy_(current[name])
 
 
 def save(run: RunFolder, step: int, actors: Actors, tasks: TaskBatches, skipped: SkippedSteps, config: Config) -> None:

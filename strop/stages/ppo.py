@@ -23,7 +23,7 @@ from typing import Any
 
 from strop.data import PackedBatches, TaskBatches, load_rows, sft_examples, tasks_from_rows
 from strop.generation import Engine
-from strop.models import CausalLM, load_model, save_model
+from strop.models import CausalLM, save_model
 from strop.objectives.kl import adaptive_kl_coef
 from strop.optim import AdamW, DivergedError, SkippedSteps, StepReport, optimizer_step
 from strop.rewards.base import WeightedRewards
@@ -35,7 +35,14 @@ from strop.rollouts.prompts import encode_prompts, longest_prompt
 from strop.rollouts.report import rollout_metrics, sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
 from strop.stages import held_out
-from strop.stages.begin import chosen_dtype, kept_tokenizer, located_rewards
+from strop.stages.begin import (
+    chosen_dtype,
+    kept_tokenizer,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    located_rewards,
+)
 from strop.stages.ppo_batch import make_batch
 from strop.stages.ppo_config import Config
 from strop.stages.ppo_critic import Critic, make_critic
@@ -222,7 +229,7 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
             seed=config.seed, resume=resume, keeps_parent=config.kl_coef != 0,
         )  # fmt: skip
         with start, Interrupt() as interrupt:
-            tokenizer = kept_tokenizer(start, lambda: Tokenizer.load(start.model_folder))
+            tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
             examples = None
             if ptx_rows is not None:
                 examples = sft_examples(ptx_rows, tokenizer, config.ptx.max_length)
@@ -253,12 +260,9 @@ def make_actors(
 ) -> Actors:
     """Policy, critic and reference, and whatever is wrong with them or the prompts found before the first step."""
     dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_model(start.model_folder, dtype=dtype, device=config.device)
+    policy = load_policy(start, config.lora, dtype, config.device, config.seed)
     tokenizer.check_fits(policy.config.vocab_size)
-    reference = None
-    if config.kl_coef:
-        assert start.parent is not None
-        reference = load_model(start.parent.path, dtype=dtype, device=config.device, frozen=True)
+    reference = load_reference(start, policy, config.lora, dtype, config.device) if config.kl_coef else None
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(train_tasks, tokenizer, config.sampling.max_new_tokens, limit)
     eval_ids = encode_prompts(eval_tasks, tokenizer, config.sampling.max_new_tokens, limit)

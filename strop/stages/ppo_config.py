@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from strop.models import LoraConfig
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
@@ -106,6 +107,8 @@ class Config:
     """Prompts per update, a divisor of prompts_per_step; 0 = all of the rollout in one."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     """AdamW and its schedule, of policy and critic; its steps are rollouts. Each network is clipped by its own norm."""
+    lora: LoraConfig | None = None
+    """Train only a LoRA adapter, its table [lora]; not set = all weights. An own critic trains all of its."""
     micro_batch_tokens: int = 2048
     """Tokens per forward and backward pass, each prompt once per group: bounds the memory, not the result."""
     num_slots: int = 64

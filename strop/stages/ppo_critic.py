@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from strop.models import CausalLM, Decoder, load_model
-from strop.models.folders import read_json
-from strop.models.heads import ScalarModel, add_scalar_head, load_scalar_model, save_scalar_model
+from strop.models.heads import ScalarModel, add_scalar_head, is_scalar_folder, load_scalar_model, save_scalar_model
 from strop.models.reward_scale import RewardScale, read_reward_scale
 from strop.optim import AdamW
 from strop.rollouts.batch import RolloutBatch
@@ -111,7 +110,11 @@ def make_critic(
             "critic", lambda: f"own network, from the {kind} {config.critic.start} ({checkpoint.content_hash})"
         )
     else:
-        network = _with_zero_head(policy, 'critic.start = ""')
+        # A policy with an adapter is no plain decoder; merged from its folder, it is.
+        start_model = (
+            policy if config.lora is None else load_model(start.model_folder, dtype=dtype, device=config.device)
+        )
+        network = _with_zero_head(start_model, 'critic.start = ""')
         start.settle("critic", lambda: "own network, from the policy's weights and a head of zeros")
     where = f"{saved or config.critic.start or 'the policy'}/config.json"
     optimizer = config.critic_optimizer.build(network.named_parameters())
@@ -129,8 +132,7 @@ def check_critic(network: ScalarModel, folder: Path, policy: CausalLM, tokenizer
 
 
 def _started(folder: Path, dtype: torch.dtype, device: str) -> tuple[ScalarModel, str]:
-    architectures = read_json(folder / "config.json").get("architectures") or [""]
-    if str(architectures[0]).endswith("ForSequenceClassification"):
+    if is_scalar_folder(folder):
         return load_scalar_model(folder, dtype=dtype, device=device), "reward model"
     return _with_zero_head(load_model(folder, dtype=dtype, device=device), "critic.start"), "language model"
 

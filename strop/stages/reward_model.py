@@ -46,7 +46,7 @@ from strop.objectives.aggregate import masked_sum
 from strop.objectives.reward_model import kwise_loss, pair_centring, plackett_luce_loss
 from strop.optim import AdamW, SkippedSteps, optimizer_step
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
-from strop.stages.begin import chosen_dtype, kept_tokenizer
+from strop.stages.begin import chosen_dtype, kept_tokenizer, load_tokenizer
 from strop.stages.compared import check_fits, micro_batches
 from strop.stages.reward_model_config import Config
 from strop.stages.supervised import restore, save_failed_batch
@@ -155,7 +155,7 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
 
 def _train(config: Config, start: Start, interrupt: Interrupt, rows: Mapping[str, Rows]) -> None:
     run = start.run
-    tokenizer = kept_tokenizer(start, lambda: with_padding(Tokenizer.load(start.model_folder)))
+    tokenizer = kept_tokenizer(start, lambda: with_padding(load_tokenizer(start)))
     model = load_reward_model(config, start, tokenizer)
     tokenizer.check_fits(model.config.vocab_size)
     data = read_comparisons(rows["data"], tokenizer, model, config)

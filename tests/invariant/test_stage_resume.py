@@ -213,6 +213,9 @@ rewards = [{ name = "length", options = { target_tokens = 3, width = 3 } }]
 dtype = "bfloat16"
 critic = { network = "shared" }
 """
+PPO_LORA = PPO + PPO_SHARED + "lora = { rank = 2 }\n"
+DPO_LORA = DPO + "lora = { rank = 2 }\n"
+ONLINE_LORA = ONLINE + "lora = { rank = 2 }\n"
 RECIPES = {
     "pretrain": PRETRAIN,
     "sft": SFT,
@@ -224,6 +227,9 @@ RECIPES = {
     "ppo:shared": PPO + PPO_SHARED,
     "dpo": DPO,
     "dpo:online": ONLINE,
+    "ppo:lora": PPO_LORA,
+    "dpo:lora": DPO_LORA,
+    "dpo:online-lora": ONLINE_LORA,
 }
 
 

@@ -177,6 +177,7 @@ def test_what_cannot_be_foretold_says_why(capsys: pytest.CaptureFixture[str], tm
     from strop.cli.main import main
 
     demo = Path(__file__).parents[2] / "recipes" / "demo"
+    (tmp_path / "lora.toml").write_text('from = "x"\ndata = "x"\nnum_steps = 1\nlora = { rank = 2 }\n')
     cases = {
         ("--recipe", str(demo / "scratch.toml")): "is a pipeline",
         ("--recipe",): "--recipe needs a value",
@@ -184,6 +185,7 @@ def test_what_cannot_be_foretold_says_why(capsys: pytest.CaptureFixture[str], tm
         ("--recipe", str(demo / "pretrain.toml"), "--stage", "pretrian"): "--stage pretrian: there are",
         ("--recipe", str(demo / "pretrain.toml"), "--device", "cuda"): "leave device out",
         ("--recipe", str(demo / "sft.toml"), "--from", str(tmp_path)): "neither a run",
+        ("--recipe", str(tmp_path / "lora.toml"), "--stage", "sft"): "no forecast for [lora] yet",
     }
     for args, expected in cases.items():
         assert main(["doctor", *args]) == 2, args

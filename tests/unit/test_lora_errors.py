@@ -16,6 +16,7 @@ from strop.cli.main import main
 from strop.models import LoraConfig, ModelConfig, init_model, load_model, save_model
 from strop.models.adapters import add_adapter
 from strop.models.decoder import Decoder
+from strop.models.heads import load_scalar_model
 from strop.models.lora import adapted_linears
 
 SFT = """
@@ -219,3 +220,26 @@ def test_a_resumed_run_checks_its_base(here: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["sft", "recipe.toml", "--num-steps", "2", "--resume"]) == 2
     assert "was trained on a base with other weights" in capsys.readouterr().err
+
+
+def test_reward_model_and_own_critic_start_from_an_adapter_merged(here: Path) -> None:
+    """The reward model has no [lora]; beside a policy that goes on with its adapter, an own critic has all weights."""
+    Path("pairs.jsonl").write_text('{"prompt": "the quick", "chosen": " fox", "rejected": " dog"}\n' * 3)
+    shared = 'from = "adapter"\nnum_steps = 1\ndtype = "float32"\noptimizer = { lr = 0.0 }\n'
+    Path("rm.toml").write_text(shared + 'data = "pairs.jsonl"\nbatch_size = 3\n')
+    assert main(["reward-model", "rm.toml"]) == 0
+    Path("ppo.toml").write_text(
+        shared + 'tasks = "pairs.jsonl"\nprompts_per_step = 2\nlora = { rank = 2, alpha = 4 }\n'
+        'rewards = [{ name = "model", options = { model = "rm" } }]\nsampling = { max_new_tokens = 4 }\n'
+    )
+    assert main(["ppo", "ppo.toml"]) == 0
+    merged = load_model("adapter")
+    for folder in ("runs/rm/checkpoints/step-000001", "runs/ppo/checkpoints/step-000001/critic"):
+        trunk = dict(load_scalar_model(folder).backbone.named_parameters())
+        assert all(torch.equal(value, trunk[name]) for name, value in merged.named_parameters() if name in trunk)
+    assert Path("runs/ppo/checkpoints/step-000001/adapter_model.safetensors").is_file()
+
+
+def test_reward_model_has_no_lora_table(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rm.toml").write_text('from = "tiny"\ndata = "sft.jsonl"\nnum_steps = 1\nlora = { rank = 2 }\n')
+    assert "unknown key 'lora'" in refused(capsys, "reward-model", "rm.toml")
