@@ -29,6 +29,8 @@ use (weights are frozen; their hash is printed before and after)
   generate RUN[/STEP]|FOLDER    completions of one or many prompts
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
 
+  serve    RUN[/STEP]|FOLDER ...  OpenAI-compatible server of one or several checkpoints, with a page to chat with them
+
 people
   rank     STORE                answers ranked by people in a browser, on this machine only unless told otherwise
       --prompts FILE --from RUN[/STEP]|FOLDER     sample answers first; --from again compares checkpoints
@@ -57,6 +59,7 @@ COMMANDS = {
     "eval": "evaluate",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "rank": "rank",
     "runs": "runs",
     "models": "models",
