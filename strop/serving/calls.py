@@ -180,7 +180,7 @@ def _biases(fields: Fields, served: ServedModel) -> tuple[tuple[int, float], ...
     return tuple(biases)
 
 
-def _streaming(fields: Fields) -> dict[str, bool]:
+def _streaming(fields: Fields) -> dict[str, Any]:
     is_streamed = fields.boolean("stream")
     options = Fields(fields.table("stream_options"), where="stream_options.")
     has_usage = options.boolean("include_usage")
@@ -206,16 +206,16 @@ def _requests(
 
 def _prompts(fields: Fields, served: ServedModel) -> list[list[int]]:
     """OpenAI's four forms: text, texts, ids, lists of ids."""
-    prompt = fields.take("prompt")
+    prompt: Any = fields.take("prompt")
     if isinstance(prompt, str) or _is_ids(prompt):
         prompt = [prompt]
     if not isinstance(prompt, list) or not 0 < len(prompt) <= MAX_PROMPTS:
         raise fields.error("prompt", f"must be text, token ids, or a list of 1 to {MAX_PROMPTS} of one of them")
     if all(isinstance(one, str) for one in prompt):
-        prompt = [served.tokenizer.encode_prompt(text) for text in prompt]
-        if not all(prompt):
+        encoded = [served.tokenizer.encode_prompt(str(text)) for text in prompt]
+        if not all(encoded):
             raise fields.error("prompt", "is empty, and this model has no token to begin with")
-        return prompt
+        return encoded
     if not all(map(_is_ids, prompt)):
         raise fields.error("prompt", f"must be text, token ids, or a list of 1 to {MAX_PROMPTS} of one of them")
     _check_ids(prompt, served, "prompt")

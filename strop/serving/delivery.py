@@ -63,7 +63,7 @@ class Delivery:
         if self.num_left:
             self._worker.cancel(self._job)
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[Sampled | Finished | Scored]:
         """Every event until all is there. ApiError when the model fails or the time is over."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._limits.request_seconds
@@ -144,12 +144,8 @@ async def stream_chunks(delivery: Delivery, answer: Answer) -> AsyncIterator[dic
         elif call.has_echo and call.prompt_top is None:
             offsets[index] = len(call.prompts[index // n])
             yield answer.chunk(index, call.prompts[index // n])
-    held: dict[int, list[Event]] = {}  # with echo and logprobs the prompt's come first
+    held: dict[int, list[Sampled | Finished]] = {}  # with echo and logprobs the prompt's come first
     async for event in delivery.events():
-        if call.has_echo and call.prompt_top is not None and event.prompt not in delivery.scores:
-            held.setdefault(event.prompt, []).append(event)
-            continue
-        ready = [event]
         if isinstance(event, Scored):
             prompt = call.requests[event.prompt].prompt_ids
             logprobs = answer.text_logprobs(prompt[:1], event.reports, 0)
@@ -158,6 +154,11 @@ async def stream_chunks(delivery: Delivery, answer: Answer) -> AsyncIterator[dic
                 offsets[index] = len(call.prompts[event.prompt])
                 yield answer.chunk(index, call.prompts[event.prompt], logprobs=logprobs, finish_reason=reason)
             ready = held.pop(event.prompt, [])
+        elif call.has_echo and call.prompt_top is not None and event.prompt not in delivery.scores:
+            held.setdefault(event.prompt, []).append(event)
+            continue
+        else:
+            ready = [event]
         for one in ready:
             if isinstance(one, Sampled):
                 index = one.prompt * n + one.sample
@@ -171,7 +172,7 @@ async def stream_chunks(delivery: Delivery, answer: Answer) -> AsyncIterator[dic
                     )
                 if text or logprobs is not None or call.has_token_ids:
                     yield answer.chunk(index, text, logprobs=logprobs, token_ids=[one.token_id])
-            elif isinstance(one, Finished):
+            else:
                 index = one.prompt * n + one.sample
                 rest = texts[index].finish(one.completion)
                 if rest:
