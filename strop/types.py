@@ -52,6 +52,14 @@ class SamplingParams:
     """Sampling one of these ends the completion; the token itself is part of it and has a logprob."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion. The text is cut before the string; the sampled tokens are all kept."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the completion has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted from it once for each time that the completion has it."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number added to its logit)."""
+    top_logprobs: int | None = None
+    """Report every sampled token as TokenLogprobs, with so many of the likeliest beside it; None reports nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +76,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """The model's own law at one token: of the plain logits, before penalties, bias, temperature and filters.
+
+    Example: TokenLogprobs(token_id=52, logprob=-0.7, top=((52, -0.7), (11, -1.2)))
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob) of the likeliest tokens, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What the policy sampled for one prompt.
 
@@ -81,6 +102,8 @@ class Completion:
     finish_reason: FinishReason
     text: str
     """Without stop tokens, cut before a stop string."""
+    token_logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token where SamplingParams.top_logprobs asks for them. Not what it was sampled from: see there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,8 @@ use (weights are frozen; their hash is printed before and after)
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
   tasks    NAME                 tasks of a suite (HumanEval, Metamath, reasoning-gym, math) as a file for a recipe
 
+  serve    RUN[/STEP]|FOLDER ...  OpenAI-compatible server of one or several checkpoints, with a page to chat with them
+
 people
   rank     STORE                answers ranked by people in a browser, on this machine only unless told otherwise
       --prompts FILE --from RUN[/STEP]|FOLDER     sample answers first; --from again compares checkpoints
@@ -58,6 +60,7 @@ COMMANDS = {
     "eval": "evaluate",
     "generate": "generate",
     "chat": "chat",
+    "serve": "serve",
     "rank": "rank",
     "tasks": "tasks",
     "runs": "runs",

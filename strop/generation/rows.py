@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from strop.generation.sampler import sample_uniforms
 from strop.tokenizer import StreamDecoder, Tokenizer
-from strop.types import Completion, FinishReason, Request
+from strop.types import Completion, FinishReason, Request, TokenLogprobs
 
 
 class StopWatch:
@@ -32,10 +32,12 @@ class StopWatch:
 class RunningSample:
     """What is looked at only when a sample starts or ends."""
 
-    request_index: int
+    key: Hashable
+    """Which request it belongs to."""
     sample_index: int
     request: Request
     watch: StopWatch | None
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Rows:
@@ -45,29 +47,37 @@ class Rows:
     one by one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], num_slots: int) -> None:
-        max_new_tokens = max(request.sampling.max_new_tokens for request in requests)
-        max_stops = max(len(request.sampling.stop_token_ids) for request in requests)
+    def __init__(self, tokenizer: Tokenizer, num_slots: int) -> None:
         self._tokenizer = tokenizer
-        self._has_watches = any(request.sampling.stop for request in requests)
+        self._num_watches = 0
         self.max_rows = num_slots
         self.samples: list[RunningSample] = []
         self.counts_S = np.zeros(num_slots, dtype=np.int64)
         self._limits_S = np.zeros(num_slots, dtype=np.int64)
-        self._stops_SN = np.full((num_slots, max_stops), -1, dtype=np.int64)
-        self._uniforms_ST = np.zeros((num_slots, max_new_tokens))
-        self._tokens_ST = np.zeros((num_slots, max_new_tokens), dtype=np.int64)
-        self._logprobs_ST = np.zeros((num_slots, max_new_tokens), dtype=np.float32)
+        self._stops_SN = np.zeros((num_slots, 0), dtype=np.int64)
+        self._uniforms_ST = np.zeros((num_slots, 0))
+        self._tokens_ST = np.zeros((num_slots, 0), dtype=np.int64)
+        self._logprobs_ST = np.zeros((num_slots, 0), dtype=np.float32)
+
+    def reserve(self, requests: Sequence[Request]) -> None:
+        """Make every row wide enough for these requests; before any of them starts."""
+        max_new_tokens = max(request.sampling.max_new_tokens for request in requests)
+        max_stops = max(len(request.sampling.stop_token_ids) for request in requests)
+        self._stops_SN = _widened(self._stops_SN, max_stops, -1)
+        self._uniforms_ST = _widened(self._uniforms_ST, max_new_tokens, 0)
+        self._tokens_ST = _widened(self._tokens_ST, max_new_tokens, 0)
+        self._logprobs_ST = _widened(self._logprobs_ST, max_new_tokens, 0)
 
     @property
     def num_rows(self) -> int:
         return len(self.samples)
 
-    def start(self, request_index: int, sample_index: int, request: Request) -> int:
+    def start(self, key: Hashable, sample_index: int, request: Request) -> int:
         """Open the row behind the last one; returns its index, which is also the sample's cache slot."""
         row, params = len(self.samples), request.sampling
         watch = StopWatch(self._tokenizer, params.stop) if params.stop else None
-        self.samples.append(RunningSample(request_index, sample_index, request, watch))
+        self._num_watches += watch is not None
+        self.samples.append(RunningSample(key, sample_index, request, watch))
         self.counts_S[row] = 0
         self._limits_S[row] = params.max_new_tokens
         self._stops_SN[row] = -1
@@ -83,6 +93,10 @@ class Rows:
     def last_tokens(self) -> np.ndarray:
         return self._tokens_ST[np.arange(self.num_rows), self.counts_S[: self.num_rows] - 1]
 
+    def sampled_tokens(self, row: int) -> np.ndarray:
+        """The tokens of a row so far."""
+        return self._tokens_ST[row, : self.counts_S[row]]
+
     def append(self, tokens_S: np.ndarray, logprobs_S: np.ndarray) -> list[tuple[int, FinishReason]]:
         """Add one token to every row; returns (row, finish_reason) of those that end with it, the last row first."""
         rows, counts_S = np.arange(self.num_rows), self.counts_S[: self.num_rows]
@@ -90,7 +104,7 @@ class Rows:
         self._logprobs_ST[rows, counts_S] = logprobs_S
         counts_S += 1
         is_stopped_S = (self._stops_SN[: self.num_rows] == tokens_S[:, None]).any(axis=1)
-        for row, sample in enumerate(self.samples if self._has_watches else ()):
+        for row, sample in enumerate(self.samples if self._num_watches else ()):
             if sample.watch is not None and not is_stopped_S[row]:
                 is_stopped_S[row] = sample.watch.push(int(tokens_S[row]))
         is_finished_S = is_stopped_S | (counts_S == self._limits_S[: self.num_rows])
@@ -99,7 +113,7 @@ class Rows:
 
     def finish(self, row: int, finish_reason: FinishReason) -> tuple[RunningSample, Completion]:
         """Close a row and put the last one in its place; the caller does the same to the cache slots."""
-        sample, count, last = self.samples[row], int(self.counts_S[row]), self.num_rows - 1
+        sample, count = self.samples[row], int(self.counts_S[row])
         params = sample.request.sampling
         token_ids = tuple(self._tokens_ST[row, :count].tolist())
         text = self._tokenizer.decode(token_ids[:-1] if token_ids[-1] in params.stop_token_ids else token_ids)
@@ -109,7 +123,15 @@ class Rows:
             sampling_logprobs=tuple(self._logprobs_ST[row, :count].tolist()),
             finish_reason=finish_reason,
             text=text[: min(cuts, default=len(text))],
+            token_logprobs=tuple(sample.token_logprobs),
         )
+        self.drop(row)
+        return sample, completion
+
+    def drop(self, row: int) -> None:
+        """As finish, of a row whose completion nobody wants any more."""
+        last = self.num_rows - 1
+        self._num_watches -= self.samples[row].watch is not None
         self.samples[row] = self.samples[last]
         self.samples.pop()
         if row != last:
@@ -122,4 +144,8 @@ class Rows:
                 self._logprobs_ST,
             ):
                 array[row] = array[last]
-        return sample, completion
+
+
+def _widened(rows_SN: np.ndarray, width: int, fill: int) -> np.ndarray:
+    missing = width - rows_SN.shape[1]
+    return rows_SN if missing <= 0 else np.pad(rows_SN, ((0, 0), (0, missing)), constant_values=fill)

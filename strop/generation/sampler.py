@@ -7,7 +7,7 @@ on the probability, so that tokens tied with the last one kept are kept too, wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -51,6 +51,33 @@ class RowParams:
         self.max_top_k = max((params.top_k for params in params_S), default=0)
         self.has_top_p = any(params.top_p < 1 for params in params_S)
         self.has_min_p = any(params.min_p > 0 for params in params_S)
+        self.has_reports = any(params.top_logprobs is not None for params in params_S)
+        self.adjusted = [
+            (row, params)
+            for row, params in enumerate(params_S)
+            if params.presence_penalty or params.frequency_penalty or params.logit_bias
+        ]
+        """(row, its parameters) of the rows whose logits are changed before anything else."""
+
+
+def adjusted_logits(logits_SV: Tensor, params: RowParams, sampled: Callable[[int], np.ndarray]) -> Tensor:
+    """A float32 copy of the logits with penalties and bias in the rows that have some; sampled(row) are its tokens.
+
+        logit -= presence_penalty * (count > 0) + frequency_penalty * count,    logit += bias
+
+    count is how often the completion has the token so far, without the prompt (as OpenAI and vLLM count).
+    """
+    logits_SV = logits_SV.to(torch.float32, copy=True)
+    device = logits_SV.device
+    for row, one in params.adjusted:
+        ids, counts = np.unique(sampled(row), return_counts=True)
+        if len(ids) and (one.presence_penalty or one.frequency_penalty):
+            penalties = one.presence_penalty + one.frequency_penalty * counts
+            logits_SV[row, torch.from_numpy(ids).to(device)] -= torch.from_numpy(penalties).float().to(device)
+        if one.logit_bias:
+            biased, values = zip(*dict(one.logit_bias).items(), strict=True)
+            logits_SV[row, torch.tensor(biased, device=device)] += torch.tensor(values, device=device)
+    return logits_SV
 
 
 class Sampler:

@@ -76,6 +76,23 @@ def next_item(store: PreferenceStore, annotator: str) -> Presentation | None:
     return presentation
 
 
+def present(store: PreferenceStore, item_id: int, annotator: str) -> Presentation:
+    """This item as it is shown to this person, whatever comes next in the queue; the same presentation when shown
+    before."""
+    known = store.query(
+        "SELECT id FROM presentations WHERE item_id = ? AND annotator = ? AND purpose = 'first'", item_id, annotator
+    )
+    if known:
+        return load_presentation(store, known[0]["id"])
+    with store.transaction() as connection:
+        order = json.dumps(_draw_order(store, item_id, annotator, "first"))
+        presentation_id = connection.execute(
+            "INSERT INTO presentations VALUES (NULL, ?, ?, 'first', ?, ?)", (item_id, annotator, order, time.time())
+        ).lastrowid
+        assert presentation_id is not None
+        return load_presentation(store, presentation_id)
+
+
 def lease(store: PreferenceStore, presentation_id: int) -> None:
     """Keep the item of a presentation from others for a while."""
     with store.transaction() as connection:

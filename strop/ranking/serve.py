@@ -34,8 +34,8 @@ def serve(
         raise ValueError(f"--host {host} opens the page to a network: give a --token-file too")
     if token is not None and len(token) < MIN_TOKEN:
         raise ValueError(f"the token has {len(token)} characters; it needs at least {MIN_TOKEN} that nobody can guess")
-    app = build_app(store, allowed_hosts=(*LOOPBACK, *_named_by(host), *allowed_hosts), token=token)
-    with contextlib.closing(_listen(host, port)) as listening:
+    app = build_app(store, allowed_hosts=(*LOOPBACK, *named_by(host), *allowed_hosts), token=token)
+    with contextlib.closing(listen(host, port)) as listening:
         name = f"[{host}]" if ":" in host else host
         on_ready(f"http://{name}:{listening.getsockname()[1]}/")
         config = uvicorn.Config(
@@ -44,12 +44,12 @@ def serve(
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _named_by(host: str) -> tuple[str, ...]:
+def named_by(host: str) -> tuple[str, ...]:
     """Every address (0.0.0.0) is no name that a browser would ask for: those must be given as allowed hosts."""
     return () if host in ("0.0.0.0", "::") else (host,)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
@@ -152,6 +154,54 @@ class Tokenizer:
         """
         return self._encode_from_start(self._prompt_text(prompt, tools))[0]
 
+    def encode_untrusted_chat(self, messages: Sequence[Message]) -> list[int]:
+        """As encode_prompt of a chat whose contents strangers typed: no text in them becomes a control token.
+
+        "<|im_end|>" in a message is then those ten characters, not the end of the turn. Chats without such text get
+        the same ids from both.
+        """
+        specials = sorted(self._specials, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, specials))) if specials else None
+        marks: dict[str, str] = {}
+
+        def mark(found: re.Match[str]) -> str:
+            name = f"\ue000{len(marks)}\ue001"  # private characters, which templates pass on as they are
+            marks[name] = found[0]
+            return name
+
+        if pattern is None or not any(pattern.search(str(message.get("content"))) for message in messages):
+            return self.encode_prompt(messages)
+        text = self._prompt_text(
+            [
+                {**message, "content": pattern.sub(mark, re.sub("[\ue000\ue001]", "\ufffd", message["content"]))}
+                for message in messages
+            ],
+            None,
+        )
+        parts = re.split("(\ue000[0-9]+\ue001)", text)
+        token_ids = self._encode_from_start(parts[0])[0]
+        for part in parts[1:]:
+            is_literal = part in marks
+            token_ids += (
+                self._literal.encode(marks[part], add_special_tokens=False).ids
+                if is_literal
+                else (self._encode_continuation(part)[0] if part else [])
+            )
+        return token_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes of one token; of a byte-level token that is half a character, that half."""
+        token = self.hf.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):
+            return b""
+        text = self.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return text.encode()
+        if (found := re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)) is not None:
+            return bytes.fromhex(found[1])
+        table = _bytes_of_characters()
+        return bytes(table[one] for one in token) if all(one in table for one in token) else text.encode()
+
     def encode_completion(self, text: str) -> list[int]:
         """Returns the ids of a text that continues a plain-text prompt, then the EOS.
 
@@ -212,6 +262,18 @@ class Tokenizer:
                 f"tokenizer {self.name!r} has {self.vocab_size} ids, but the model's vocabulary has only {vocab_size}: "
                 f"use the tokenizer that belongs to the model, or a model with vocab_size >= {self.vocab_size}"
             )
+
+    @cached_property
+    def _specials(self) -> list[str]:
+        """Texts that encode as control tokens."""
+        return [one.content for one in self._backend.get_added_tokens_decoder().values() if one.special]
+
+    @cached_property
+    def _literal(self) -> Backend:
+        """A copy for which control tokens are ordinary text."""
+        copy = Backend.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     @cached_property
     def _end_of_turn_id(self) -> int | None:
@@ -281,6 +343,14 @@ class Tokenizer:
                 extents = [(max(start - 1, 0), max(end - 1, 0)) for start, end in extents]
                 return token_ids[len(line_ids) :], extents[len(line_ids) :]
         return self._encode_with_extents(text)
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable bytes stand for themselves, the others for characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _is_complete(folder: Path) -> bool:

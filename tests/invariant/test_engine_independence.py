@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from strop.generation import Engine
-from strop.generation.engine import PREFILL_TOKENS
+from strop.generation.run import PREFILL_TOKENS
 from strop.models.cache import BLOCK, KVCache
 from strop.models.config import ModelConfig
 from strop.models.decoder import Decoder, init_model

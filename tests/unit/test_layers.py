@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollouts": {"types", "generation", "rewards", "environments", "tokenizer", "models", "runs"},
     "evals": BELOW_EVALS,
     "stages": BELOW_EVALS | {"evals"},
-    "serving": BELOW_EVALS | {"evals"},
+    "serving": BELOW_EVALS | {"evals", "ranking"},  # one guard for both pages; its button writes to a store
     "ranking": BELOW_EVALS | {"evals"},
     "cli": set(),
 }
