@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,12 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
         raise ValueError(f"device = {config.device!r}: the forecast measures this machine's CPU; leave device out")
     if getattr(config, "lora", None) is not None:
         raise ValueError("there is no forecast for [lora] yet: leave it out for the cost of training all weights")
-    return {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo}[stage](config, runs_dir)
+    import torch
+
+    from strop.native.train import has_kernels
+
+    planned = {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo}[stage](config, runs_dir)
+    return dataclasses.replace(planned, has_kernels=has_kernels(torch.empty(0, dtype=planned.dtype)))
 
 
 def _pretrain(config: Any, runs_dir: Path) -> Workload:

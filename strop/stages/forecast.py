@@ -74,6 +74,9 @@ class Workload:
     file_bytes: int = 0
     """Size of the weights on disk, which are mapped while they are read; 0 = a new model."""
     rollout: Rollout | None = None
+    has_kernels: bool = False
+    """Whether the C++ kernels do the work: then a master is the weight and 2 bytes, the gradients of a single
+    micro-batch stay in bfloat16, and the packed weights of a rollout include the head."""
     assumptions: tuple[str, ...] = ()
     """What could not be known and was supposed instead, in words."""
 
@@ -85,6 +88,11 @@ class Workload:
     def accumulates(self) -> bool:
         """Whether an update has more than one micro-batch, so that gradients wait while activations are made."""
         return self.tokens_per_update > self.micro_tokens
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Per parameter."""
+        return 2.0 if self.has_kernels and not self.accumulates else 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +163,11 @@ def forecast(workload: Workload, probe: Probe) -> Forecast:
         "weights": float(parameters * itemsize),
         "reference": float(parameters * itemsize * workload.has_reference),
     }
-    optimizer = {"masters": 4.0 * parameters * is_low, "moments": 8.0 * parameters}
+    master_bytes = (2.0 if workload.has_kernels else 4.0) if is_low else 0.0
+    optimizer = {"masters": master_bytes * parameters, "moments": 8.0 * parameters}
     phases = {"load": resident | {"weights file": float(workload.file_bytes)}}
     if workload.rollout is not None:
-        phases["rollout"] = resident | optimizer | _rollout_bytes(workload.rollout, config, workload.dtype)
+        phases["rollout"] = resident | optimizer | _rollout_bytes(workload, workload.rollout)
     phases["update"] = resident | optimizer | _update_bytes(workload, probe)
     seconds = _seconds(workload, probe)
     flops = training_flops(config, workload.micro_batch, workload.num_labels)
@@ -172,14 +181,14 @@ def forecast(workload: Workload, probe: Probe) -> Forecast:
 def _update_bytes(workload: Workload, probe: Probe) -> dict[str, float]:
     """Gradients, activations, and whatever else lives at the worst moment of a backward pass."""
     config = workload.model
-    gradients = 4.0 * num_parameters(config)
+    gradients = workload.gradient_bytes * num_parameters(config)
     kept = probe.at("kept_bytes", config.num_layers)
     at_head = probe.at("head_peak_bytes", config.num_layers)
     if workload.accumulates:
         parts = {"gradients": gradients, "activations": kept, "head": at_head - kept}
     else:
         # With one micro-batch gradients come as activations go: either end of the backward pass may be the worst.
-        one_layer = 4.0 * _layer_parameters(config)
+        one_layer = workload.gradient_bytes * _layer_parameters(config)
         at_end = probe.one.tail_peak_bytes + (config.num_layers - 1) * one_layer
         if at_head >= at_end:
             parts = {"gradients": 0.0, "activations": kept, "head": at_head - kept}
@@ -188,16 +197,19 @@ def _update_bytes(workload: Workload, probe: Probe) -> dict[str, float]:
     return parts | {"allocator": ALLOCATOR_SHARE * kept}
 
 
-def _rollout_bytes(rollout: Rollout, config: ModelConfig, dtype: torch.dtype) -> dict[str, float]:
+def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
     """Cache, packed weights, and what a decode step makes, of which logits and sampler are all but a little."""
+    config, dtype = workload.model, workload.dtype
     slots = min(rollout.num_slots, max(rollout.num_samples, rollout.eval_samples))
     prompts = min(max(1, rollout.num_slots // 4), max(rollout.num_prompts, rollout.eval_samples))
     length = -(-(rollout.prompt_tokens + rollout.new_tokens) // BLOCK) * BLOCK
-    is_packed = can_pack(torch.empty(0, dtype=dtype))
+    packed = config.num_layers * layer_matrices(config) * can_pack(torch.empty(0, dtype=dtype))
+    if workload.has_kernels:
+        packed += config.vocab_size * config.hidden_size
     sampler_rows = min(slots, max(1, MAX_ELEMENTS // config.vocab_size))
     return {
         "cache": float(cache_bytes(config, num_slots=slots + prompts, length=length, bytes_per_number=dtype.itemsize)),
-        "packed weights": float(is_packed * config.num_layers * layer_matrices(config) * dtype.itemsize),
+        "packed weights": float(packed * dtype.itemsize),
         "logits": float(slots * config.vocab_size * dtype.itemsize + 2 * sampler_rows * config.vocab_size * 4),
     }
 

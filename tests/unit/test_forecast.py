@@ -63,6 +63,14 @@ def test_resident_state_is_16_bytes_a_parameter_in_bf16_and_12_in_fp32_plus_grad
     assert (exact["weights"], exact["masters"], exact["moments"]) == (4 * PARAMETERS, 0, 8 * PARAMETERS)
 
 
+def test_kernels_keep_half_a_master_and_bf16_gradients_of_a_single_micro_batch():
+    native = dataclasses.replace(WORKLOAD, has_kernels=True)
+    update = forecast(native, PROBE).phases["update"]
+    assert (update["masters"], update["gradients"]) == (2 * PARAMETERS, 4 * PARAMETERS)
+    single = dataclasses.replace(native, tokens_per_step=100, tokens_per_update=100)
+    assert forecast(single, PROBE).phases["update"]["gradients"] == 2 * PARAMETERS
+
+
 def test_every_further_layer_costs_what_the_second_did():
     update = forecast(WORKLOAD, PROBE).phases["update"]
     assert update["activations"] == 1000 + 4 * 300
