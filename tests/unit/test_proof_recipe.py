@@ -1,4 +1,4 @@
-"""The proof recipes' data: gold proofs are right, no theorem is in two files, and the buggy verifier has just its bug."""
+"""The proof recipes: gold proofs are right, no theorem is in two files, and the buggy verifier has just its bug."""
 
 from __future__ import annotations
 
