@@ -19,7 +19,7 @@ OUTPUT = Path("runs/proofs-data")
 VARIABLES = "pqrstuvwxy"
 SIZES = {"sft": 640, "tasks": 480, "held_out": 120}
 WRONG_EXAMPLES = 0.5
-"""Share of the SFT's proofs with a variable in the wrong place, so that the policy is right only now and then."""
+"""Share of the SFT's proofs with a variable in the wrong place, so that the policy is right now and then."""
 SHAPES_IN_TEXT = 8_000
 """Lines of pre-training text: formulas with their construction, which is how every proof begins."""
 
