@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.__main__ import ROOT, machine
+from benchmarks.__main__ import ROOT, heading, origin
 from strop.cli.config import build, read_toml, read_values
 from strop.data import load_rows, tasks_from_rows
 from strop.evals.tasks import evaluate_tasks
@@ -95,12 +93,10 @@ def render(rows: list[dict]) -> str:
 
 
 def save(name: str, rows: list[dict], table: str) -> None:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    command = "python -m benchmarks.demo_seeds " + " ".join(sys.argv[1:])
-    about = {"command": command, "commit": commit, "machine": machine(), "date": datetime.now(UTC).date().isoformat()}
+    about = origin() | {"command": " ".join(["python -m benchmarks.demo_seeds", *sys.argv[1:]])}
     folder = ROOT / "benchmarks" / "results"
     (folder / f"{name}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    text = f"`{command}`, commit {commit[:12]}, {machine()}, {about['date']}\n\n{table}\n"
+    text = f"{heading(about)}\n\n{table}\n"
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 

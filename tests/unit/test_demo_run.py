@@ -6,13 +6,15 @@ import importlib.util
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from recipes.demo.preferences import taste, upside_down
+from recipes.demo.preferences import taste, upside_down, write_rankings
 from strop.cli.pipeline import Plan, read_plans
+from strop.ranking import PreferenceStore
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 
@@ -109,6 +111,13 @@ def test_the_judge_prefers_the_right_sum_then_the_nearer_one_then_the_shorter_te
     assert scores == sorted(scores, reverse=True) and len(set(scores)) == len(scores)
     assert taste(prompt, ["15", "17"]) == taste(prompt, ["17", "15"]), "as near, as short: a tie"
     assert upside_down(prompt, best_first) == [-score for score in scores]
+
+
+def test_answers_of_other_weights_are_never_taken_for_the_checkpoints(tiny_folder: Path, tmp_path: Path):
+    with closing(PreferenceStore(tmp_path / "preferences-seed3.db", create=True, seed=3)) as store:
+        store.add_policy("demo-sft/60", "the hash of weights that are gone")
+    with pytest.raises(ValueError, match=r"preferences-seed3\.db holds answers of another .*; delete"):
+        write_rankings(str(tiny_folder), tmp_path, tmp_path, seed=3, suffix="-seed3")
 
 
 def test_every_recipe_says_how_to_run_it_how_long_it_takes_and_what_to_expect():
