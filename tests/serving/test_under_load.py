@@ -87,7 +87,7 @@ def test_a_reader_that_never_reads_holds_up_nobody(server: Any) -> None:
 
 
 def test_a_stalled_reader_is_given_up(run_server: Callable[..., Any]) -> None:
-    server = run_server(limits=Limits(num_slots=4, stall_seconds=0.3))
+    server = run_server(limits=Limits(num_slots=4, stall_seconds=0.3), send_buffer=8192)
     call = {"model": "tiny", "prompt": "a", "max_tokens": 120, "n": 64, "stream": True, "logprobs": 20}
     slow = server.raw(json.dumps(call).encode(), receive_buffer=4096)
     server.wait_idle()
