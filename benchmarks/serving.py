@@ -1,4 +1,4 @@
-"""Throughput and first token of servers under 1, 8 and 32 clients: python -m benchmarks.serving [SYSTEM ...] [--model M]
+"""Throughput and first token of servers under 1, 8 and 32 clients: python -m benchmarks.serving [SYSTEM ...]
 
 strop          strop serve, bfloat16 or whatever --dtype auto means here
 transformers   transformers serve with continuous batching (needs its extra: pip install 'transformers[serving]')
