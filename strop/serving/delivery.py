@@ -82,6 +82,7 @@ class Delivery:
                     self.scores[event.prompt] = event.reports
                 self.num_left -= not isinstance(event, Sampled)
                 yield event
+            await asyncio.sleep(0)  # neither a full queue nor an eager socket gives way: others, and a hang-up, wait
 
     async def whole(self, http: HttpRequest) -> None:
         """Wait for all of it. ClientGoneError as soon as the client has hung up."""

@@ -1,4 +1,4 @@
-"""The chat page of `strop serve` in a browser: two checkpoints side by side, probabilities, a preference, a key."""
+"""The chat page of `strop serve` in a real browser: two checkpoints, probabilities, a preference, a key."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_two_answers_and_a_preference(browser: Any, chat_server: Callable[..., s
 
 
 @pytest.mark.parametrize("is_phone", [False, True])
-def test_probabilities_add_up_to_the_text(browser: Any, chat_server: Callable[..., str], is_phone: bool) -> None:
+def test_a_tap_on_a_token_shows_its_alternatives(browser: Any, chat_server: Callable[..., str], is_phone: bool) -> None:
     browser.open(chat_server())
     if is_phone:
         browser.resize(390, 844, is_phone=True)

@@ -55,10 +55,14 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, *, limits: Limits | None = None, **settings: Any) -> Iterator[Running]:
+def running(
+    folder: Path, *, limits: Limits | None = None, send_buffer: int | None = None, **settings: Any
+) -> Iterator[Running]:
     limits = limits or Limits(num_slots=4, max_queue=600)
     served = serve_model("tiny", resolve(str(folder), "none"), dtype=torch.float32, device="cpu", limits=limits)
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     with Worker([served], max_queue=limits.max_queue) as worker:
         app = build_app([served], worker, limits=limits, **settings)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="h11"))

@@ -87,7 +87,7 @@ def test_a_reader_that_never_reads_holds_up_nobody(server: Any) -> None:
 
 
 def test_a_stalled_reader_is_given_up(run_server: Callable[..., Any]) -> None:
-    server = run_server(limits=Limits(num_slots=4, stall_seconds=0.3))
+    server = run_server(limits=Limits(num_slots=4, stall_seconds=0.3), send_buffer=8192)
     call = {"model": "tiny", "prompt": "a", "max_tokens": 120, "n": 64, "stream": True, "logprobs": 20}
     slow = server.raw(json.dumps(call).encode(), receive_buffer=4096)
     server.wait_idle()
@@ -198,3 +198,24 @@ def test_health_needs_no_key(run_server: Callable[..., Any]) -> None:
     server = run_server(key="k" * 20)
     with urllib.request.urlopen(f"{server.url}/health") as answer:
         assert json.load(answer) == {"status": "ok"}
+
+
+def test_an_adapter_is_served_beside_its_base(tiny_folder: Path, tmp_path: Path) -> None:
+    from strop.models import LoraConfig, save_model
+    from strop.models.adapters import add_adapter
+
+    model: Any = load_model(tiny_folder)
+    add_adapter(model, LoraConfig(rank=2), seed=0, base=tiny_folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    save_model(model, tmp_path / "adapter")
+    process, url = start(tiny_folder, "--adapter", f"skill={tmp_path / 'adapter'}")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    names = [one.id for one in client.models.list().data]
+    texts = [client.completions.create(model=one, prompt="the", seed=1).choices[0].text for one in names]
+    hashes = {one.weights_sha256 for one in client.models.list().data}  # type: ignore[attr-defined]
+    process.terminate()
+    process.communicate(timeout=30)
+    assert names == ["tiny", "skill"] and texts[0] != texts[1] and len(hashes) == 2
