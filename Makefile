@@ -33,7 +33,7 @@ system:
 	else \
 		echo "Some tests need system packages; on Debian, as root: apt-get install $(SYSTEM)" >&2; fi
 
-demo: setup  ## raw text -> pretrain -> SFT -> GRPO -> frozen generation, with a report
+demo: setup  ## raw text -> pretrain -> SFT -> GRPO, PPO and DPO -> frozen generation, with a report
 	$(BIN)/python recipes/demo/run.py
 
 lint: setup
