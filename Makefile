@@ -33,7 +33,7 @@ system:  ## install the system packages (as root on Debian; prints the line to r
 		(apt-get update -qq; apt-get install -y -qq --no-install-recommends $$missing) >/dev/null && exit 0; fi; \
 	echo "Some features need system packages. To install them, run as root: apt-get install$$missing" >&2
 
-demo: setup  ## raw text -> pretrain -> SFT -> GRPO -> frozen generation, with a report
+demo: setup  ## raw text -> pretrain -> SFT -> GRPO, PPO and DPO -> frozen generation, with a report
 	$(BIN)/python recipes/demo/run.py
 
 lint: setup

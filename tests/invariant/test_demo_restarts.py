@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def results(folder: Path) -> list[dict[str, object]]:
+def results(folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "runs" / "demo-results.json").read_text(encoding="utf-8"))
 
 
