@@ -23,7 +23,7 @@ from strop.generation import Engine
 from strop.models import load_model, save_model
 from strop.optim import OptimizerConfig
 from strop.runs import read_lines
-from strop.stages import dpo, dpo_reference
+from strop.stages import begin, dpo
 from strop.stages.dpo import Actors, dpo_step
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_data import mismatched
@@ -250,9 +250,8 @@ def test_a_run_starts_where_the_policy_is_its_reference_and_asks_it_once(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any, options: Any, expected: float
 ) -> None:
     calls = []
-    real = dpo.load_model
-    for module in (dpo, dpo_reference):
-        monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+    real = begin.load_model
+    monkeypatch.setattr(begin, "load_model", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
     config = Config(
         init_from=str(tiny_folder),
         data=write(tmp_path / "pairs.jsonl", [{**row, "weight": 1.0} for row in PAIRS]),

@@ -28,7 +28,8 @@ from strop.rollouts.batch import RolloutBatch
 from strop.rollouts.groups import Group
 from strop.rollouts.logprobs import frozen_logprobs
 from strop.rollouts.prompts import Sampling, encode_prompts
-from strop.stages.grpo import Actors, Config, grpo_step, make_batch, micro_loss, refresh_reference, sample_groups
+from strop.stages.begin import refresh_reference
+from strop.stages.grpo import Actors, Config, grpo_step, make_batch, micro_loss, sample_groups
 from strop.tokenizer import Tokenizer
 from strop.types import Task
 
@@ -349,7 +350,8 @@ def test_kl_is_zero_at_the_reference_grows_and_a_refresh_makes_it_zero_again(tin
     run = setup(tiny_folder, kl_coef=1e-9, reference_refresh_steps=1)
     assert run.step(1)[0]["kl"] < 1e-10
     assert run.step(2)[0]["kl"] > 1e-6
-    refresh_reference(run.actors)
+    assert run.actors.reference is not None
+    refresh_reference(run.actors.reference, run.actors.policy)
     assert run.step(3)[0]["kl"] < 1e-10
 
 
