@@ -391,7 +391,7 @@ def test_stop_iteration_does_not_end_the_tests_early(reward):
 
 
 def test_boxes_that_somebody_ends_cost_nobody_a_verdict():
-    made = CodeReward(num_workers=1)
+    made = CodeReward(num_workers=1, timeout=30.0)
     try:
         worker = made._pool._workers[0]._process
         assert worker is not None
