@@ -49,7 +49,7 @@ def test_two_answers_and_a_preference(browser: Any, chat_server: Callable[..., s
     url = chat_server("--preferences", str(tmp_path / "people.db"))
     browser.open(url)
     browser.wait("document.getElementById('left').options.length === 2")
-    ask(browser, "the <b>cat</b>")
+    ask(browser, "the <b>cat</b>", tokens=10)  # short: the second question must still fit the tiny model's context
     assert browser.text(".user") == "the <b>cat</b>"
     texts = browser.run("return [...document.querySelectorAll('.answer .text')].map((one) => one.textContent)")
     assert len(texts) == 2 and texts[0] != texts[1]
@@ -61,7 +61,7 @@ def test_two_answers_and_a_preference(browser: Any, chat_server: Callable[..., s
     by_text = dict(zip(row.completions, row.ranks, strict=True))
     assert by_text == {texts[1]: 1, texts[0]: 2} and set(row.models) == {"one", "two"}
     assert list(row.prompt) == [{"role": "user", "content": "the <b>cat</b>"}]
-    ask(browser, "more")
+    ask(browser, "more", tokens=4)
     assert all(one.startswith(url) for one in browser.requests() if one.startswith("http"))
     assert browser.complaints() == []
 
