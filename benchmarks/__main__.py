@@ -7,7 +7,7 @@
 
 Every measurement is a process of its own, so that its peak memory is the operating system's figure for that system
 alone. Quote ratios of medians, not absolute times, and only from a machine that does nothing else. docs/speed.md says
-how to read the tables; results/settings.md which settings of the others were tried.
+how to read the tables; settings.py has the settings of the others that can be compared.
 """
 
 from __future__ import annotations

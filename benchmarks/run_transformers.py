@@ -1,7 +1,7 @@
 """One measurement of transformers' generate: python -m benchmarks.run_transformers JOB MODEL.
 
 bf16 weights, sdpa attention, the default (dynamic) cache, plain sampling: the fastest of what was tried
-(results/settings.md).
+(settings.py).
 """
 
 from __future__ import annotations

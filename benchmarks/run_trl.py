@@ -1,6 +1,6 @@
 """One measurement of TRL: python -m benchmarks.run_trl JOB MODEL [SETTING].
 
-The setting is, of SETTINGS, the fastest that works on a CPU (results/settings.md has the figures of all): bf16 weights,
+The setting is, of SETTINGS, the fastest that works on a CPU (python -m benchmarks.settings measures all): bf16 weights,
 because its default, fp32 weights under bf16 autocast, casts every weight at every decoded token.
 """
 
