@@ -123,12 +123,18 @@ def origin() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     packages = {package for package in ("torch", *PACKAGES.values()) if _version(package)}
     return {
-        "command": " ".join(["python -m", Path(sys.argv[0]).parent.name, *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
         "commit": commit,
         "machine": machine(),
         "versions": ", ".join(f"{package} {_version(package)}" for package in sorted(packages)),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _module() -> str:
+    """The name by which `python -m` was called."""
+    spec = sys.modules["__main__"].__spec__
+    return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 
 
 def machine() -> str:

@@ -8,6 +8,15 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def sandbox_works() -> None:
+    """A machine on which model code cannot be boxed fails the tests that need it, with what is to be done."""
+    from strop.rewards.sandbox import canary
+
+    if canary()[0].name == "sandbox":
+        pytest.fail(f"no sandbox here ({canary()[0].detail}): install bubblewrap (make setup does, as root)")
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder: byte-level tokenizer of 300 ids, hidden size 32, 2 layers, 128 positions, random weights."""
     import torch

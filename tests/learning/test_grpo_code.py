@@ -11,13 +11,12 @@ import pytest
 
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
-from strop.rewards.sandbox import canary
 from strop.rollouts.prompts import Sampling
 from strop.runs import read_lines
 from strop.stages import grpo, sft
 from strop.stages.grpo_config import Evaluation
 
-pytestmark = pytest.mark.skipif(canary()[0].name == "sandbox", reason=f"no sandbox here: {canary()[0].detail}")
+pytestmark = pytest.mark.usefixtures("sandbox_works")
 
 OPERATORS = {"add": "+", "less": "-", "times": "*", "or": "|", "and": "&", "xor": "^"}
 OUTPUTS = {"add": 8, "less": 2, "times": 15, "or": 7, "and": 1, "xor": 6}

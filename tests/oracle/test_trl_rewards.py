@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-pytest.importorskip("trl")
-
 from strop.rewards.load import load_reward
 from strop.types import Completion, Task
 

@@ -23,10 +23,7 @@ from strop.rewards.code_text import program
 from strop.rewards.sandbox.canary import canary
 from strop.types import Completion, Task, Verdict
 
-needs_sandbox = pytest.mark.skipif(
-    not canary()[-1].ok and canary()[0].name == "sandbox", reason=f"no sandbox here: {canary()[0].detail}"
-)
-pytestmark = needs_sandbox
+pytestmark = pytest.mark.usefixtures("sandbox_works")
 
 TRUNCATE = {
     "entry_point": "truncate_number",
@@ -280,6 +277,21 @@ original = guest["write_frame"]
 def twice(fd, message_id, payload):
     original(fd, message_id, payload)
     if last: original(fd, message_id, payload)
+last = []
+guest["write_frame"] = twice
+def truncate_number(n):
+    if n == 123.456: last.append(n)
+    return n % 1.0
+""",
+    "a result written long after the last call": GUEST
+    + """
+import time
+original = guest["write_frame"]
+def twice(fd, message_id, payload):
+    original(fd, message_id, payload)
+    if last:
+        time.sleep(0.3)
+        original(fd, message_id, payload)
 last = []
 guest["write_frame"] = twice
 def truncate_number(n):

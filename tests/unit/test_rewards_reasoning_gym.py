@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("reasoning_gym")
-
 from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
 from strop.rewards.reasoning_gym import RUNS_MODEL_TEXT, ReasoningGymReward, answer_of

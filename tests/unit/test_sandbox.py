@@ -18,7 +18,7 @@ from strop.rewards.sandbox import canary
 from strop.rewards.sandbox.guest import WireError, decode, encode
 from strop.types import Completion, Task, Verdict
 
-pytestmark = pytest.mark.skipif(canary()[0].name == "sandbox", reason=f"no sandbox here: {canary()[0].detail}")
+pytestmark = pytest.mark.usefixtures("sandbox_works")
 
 HELPERS = """
 import ctypes, errno, os, signal, socket, struct, sys
