@@ -242,6 +242,7 @@ def show(results: Sequence[Result], failures: dict[str, Exception], arguments: A
     name = f"demo{'' if arguments.parts == 'all' else f'-{arguments.parts}'}{suffix}"
     if results:
         table = Table("stage", "held-out metric", box=box.SIMPLE_HEAD, pad_edge=False, title="Strop demo")
+        table.columns[0].overflow = "fold"  # a narrow terminal must not hide which stage it was
         for column in ("before", "after", "time"):
             table.add_column(column, no_wrap=True)
         for result in results:
