@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "eos_token_id": 0,
+    "pad_token_id": 0,
     "vocab_size": 520,
 }
 LLAMA3 = {
@@ -84,7 +85,6 @@ def row(name: str, load: Any, tokenizer: Tokenizer, to: str, dtype: str) -> None
 
 
 def main() -> None:
-    torch.set_num_threads(int(torch.get_num_threads()))
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL
     print("| model | written as | greedy texts equal | largest difference of a logprob | largest gap of a choice |")
     print("|---|---|---|---|---|")

@@ -93,6 +93,7 @@ def write_file(model: CausalLM, tokenizer: Tokenizer, path: Path, dtype: str, *,
 def write_model_folder(model: CausalLM, tokenizer: Tokenizer, path: Path, dtype: str, *, is_checked: bool) -> None:
     from strop.export import FOLDER_DTYPES, check_folder, write_folder
 
-    write_folder(model, tokenizer, path, dtype=FOLDER_DTYPES[dtype])
+    for note in write_folder(model, tokenizer, path, dtype=FOLDER_DTYPES[dtype]):
+        print(f"note: {note}", file=sys.stderr)
     if is_checked:
         print(f"transformers: {check_folder(model, tokenizer, path)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def merge(arguments: Merge) -> int:
     model = load_model(source, dtype=None, base=arguments.base, frozen=True)
     tokenizer = Tokenizer.load(tokenizer_folder(source, base=arguments.base))
     with new_target(target) as partial:
-        write_folder(model, tokenizer, partial, dtype=DTYPES.get(arguments.dtype))
+        notes = write_folder(model, tokenizer, partial, dtype=DTYPES.get(arguments.dtype))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"{target}  (talk to it: strop chat {target})")
     return 0

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from strop.models import CausalLM, save_model
+from strop.models.folders import read_json
 from strop.runs.files import sync
 from strop.tokenizer import Tokenizer
 
@@ -56,8 +60,10 @@ def new_target(target: Path, *, replace: bool = False) -> Iterator[Path]:
     sync(target.parent)
 
 
-def write_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-    """Write model and tokenizer as a Hugging Face folder; dtype None keeps the model's own.
+def write_folder(
+    model: CausalLM, tokenizer: Tokenizer, folder: Path, *, dtype: torch.dtype | None = None
+) -> tuple[str, ...]:
+    """Write model and tokenizer as a Hugging Face folder; dtype None keeps the model's own. Returns what to beware of.
 
     The model itself is cast. Raises ValueError for values that float16 cannot hold.
     """
@@ -68,6 +74,19 @@ def write_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path, *, dtype: 
         model.to(dtype)
     save_model(model, folder)
     tokenizer.save(folder)
+    if auto_tokenizer_splits_alike(tokenizer, folder):
+        return ()
+    return (
+        f"AutoTokenizer splits text by the rules of {read_json(folder / 'config.json')['model_type']} whatever the folder "
+        "says: open this tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained",
+    )
+
+
+def auto_tokenizer_splits_alike(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Whether AutoTokenizer makes of the folder what was saved; for some model types it rebuilds the splitting rules."""
+    found: Any = AutoTokenizer.from_pretrained(folder)
+    saved, opened = (json.loads(one.backend_tokenizer.to_str()) for one in (tokenizer.hf, found))
+    return all(saved[part] == opened[part] for part in ("normalizer", "pre_tokenizer", "model", "decoder"))
 
 
 def check_float16(model: nn.Module) -> None:
