@@ -1,4 +1,4 @@
-"""Clients that nobody here wrote, against strop serve: python -m benchmarks.serving_clients --python PATH [--model FOLDER]
+"""Clients of others against strop serve: python -m benchmarks.serving_clients --python PATH [--model FOLDER]
 
 lm_eval   local-completions over HTTP and its own hf model in process: loglikelihoods of two small tasks, both float32
 llm       a chat and a completion through extra-openai-models.yaml, streamed and whole, beside the server's own answers
@@ -85,8 +85,9 @@ def loglikelihoods(python: str, work: Path, kind: str, model: str, model_args: s
     """Of all rows of both tasks, in order: loglikelihoods, and whether each continuation is the greedy one."""
     output = work / kind
     run(
-        python, "lm_eval", "run", "--model", model, "--model_args", model_args, "--tasks", "strop_choices,strop_rolling",
-        "--include_path", str(work), "--log_samples", "--output_path", str(output), "--batch_size", "4",
+        python, "lm_eval", "run", "--model", model, "--model_args", model_args,
+        "--tasks", "strop_choices,strop_rolling", "--include_path", str(work), "--log_samples",
+        "--output_path", str(output), "--batch_size", "4",
         "--device", "cpu", HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(work / "cache"), TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     values: list[float] = []
@@ -159,17 +160,20 @@ def main() -> None:
     arguments = parser.parse_args()
     model, port = arguments.model.resolve(), free_port()
     serve = [sys.executable, "-m", "strop.cli.main", "serve", f"{NAME}={model}", "--port", str(port)]
-    with tempfile.TemporaryDirectory() as work, tempfile.TemporaryFile() as log:
-        with subprocess.Popen([*serve, "--dtype", "float32"], stdout=log, stderr=log) as process:
-            try:
-                if not wait_ready(port, process):
-                    log.seek(0)
-                    raise SystemExit(f"strop serve did not start: {log.read().decode(errors='replace')[-2000:]}")
-                compare_lm_eval(arguments.python, model, port, Path(work))
-                compare_llm(arguments.python, port, Path(work))
-            finally:
-                process.terminate()
-                process.wait()
+    with (
+        tempfile.TemporaryDirectory() as work,
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen([*serve, "--dtype", "float32"], stdout=log, stderr=log) as process,
+    ):
+        try:
+            if not wait_ready(port, process):
+                log.seek(0)
+                raise SystemExit(f"strop serve did not start: {log.read().decode(errors='replace')[-2000:]}")
+            compare_lm_eval(arguments.python, model, port, Path(work))
+            compare_llm(arguments.python, port, Path(work))
+        finally:
+            process.terminate()
+            process.wait()
 
 
 if __name__ == "__main__":

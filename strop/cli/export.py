@@ -31,8 +31,8 @@ class Arguments:
     dtype: Literal["same", "f32", "f16", "bf16", "q8_0"] = "same"
     """Of the matrices; same = as in the checkpoint. q8_0 (gguf only): 8 bits and a scale per 32 values."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Open it with the other runtime (llama.cpp or transformers) and compare ids, logits and greedy text with ours; what
-    differs is not written."""
+    """Open it with the other runtime (llama.cpp or transformers) and compare ids, logprobs and greedy text with ours.
+    What differs is not written."""
     force: tyro.conf.FlagCreatePairsOff[bool] = False
     """Replace an existing file or model folder."""
     base: Path | None = None

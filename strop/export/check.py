@@ -1,4 +1,4 @@
-"""An export opened by the runtime that it is for: the same ids for the same text, the same greedy text for the same ids.
+"""An export opened by the runtime that it is for: the same ids for the same text, then the same greedy text.
 
 Both sides compute from the weights as they are stored, ours in float32. llama.cpp rounds activations to the type of the
 matrix that they meet, so that its logits differ from ours where that is not float32: a token that it takes may then lie
@@ -8,6 +8,7 @@ a little below our best one. How far is measured, and bounded by GAPS.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,17 +172,15 @@ class _LlamaCpp:
     """llama.cpp on one file: every logit kept, keys and values in float32 as ours are."""
 
     def __init__(self, path: Path, num_positions: int) -> None:
-        import llama_cpp
-
-        self._library = llama_cpp
+        self._library: Any = importlib.import_module("llama_cpp")
         try:
-            with _quiet(llama_cpp):
-                self._llama: Any = llama_cpp.Llama(
+            with _quiet(self._library):
+                self._llama: Any = self._library.Llama(
                     str(path),
                     n_ctx=num_positions,
                     logits_all=True,
-                    type_k=llama_cpp.GGML_TYPE_F32,
-                    type_v=llama_cpp.GGML_TYPE_F32,
+                    type_k=self._library.GGML_TYPE_F32,
+                    type_v=self._library.GGML_TYPE_F32,
                     n_threads=torch.get_num_threads(),
                     n_threads_batch=torch.get_num_threads(),
                     verbose=False,
@@ -204,7 +203,9 @@ class _LlamaCpp:
         formatter = self._library.llama_chat_format.Jinja2ChatFormatter(template, *texts)
         prompt = formatter(messages=list(messages)).prompt
         ids = self._llama.tokenize(prompt.encode(), add_bos=True, special=True)
-        twice = ids[:2] == [self._llama.token_bos()] * 2  # the template wrote one itself; llama.cpp's own chat looks too
+        twice = (
+            ids[:2] == [self._llama.token_bos()] * 2
+        )  # the template wrote one itself; llama.cpp's own chat looks too
         return ids[1:] if twice else ids
 
     def _text(self, token: int) -> str:

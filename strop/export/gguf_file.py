@@ -49,8 +49,8 @@ def write_gguf(model: CausalLM, tokenizer: Tokenizer, path: Path, *, dtype: str,
         block = gguf.GGML_QUANT_SIZES[_kind(tensor, kind)][0]
         if tensor.shape[-1] % block:
             raise ValueError(
-                f"{tensor_name} has rows of {tensor.shape[-1]} values, which {dtype} cannot store in blocks of {block}: "
-                "use --dtype f16, bf16 or f32"
+                f"{tensor_name} has rows of {tensor.shape[-1]} values, which {dtype} cannot store in blocks of "
+                f"{block}: use --dtype f16, bf16 or f32"
             )
     writer = gguf.GGUFWriter(path, architecture.name)
     writer.add_name(name)

@@ -134,9 +134,7 @@ def _tokens(
     return named, types
 
 
-def _stops(
-    tokenizer: Tokenizer, tokens: list[str], notes: list[str], refuse: Any
-) -> tuple[int, dict[str, int | None]]:
+def _stops(tokenizer: Tokenizer, tokens: list[str], notes: list[str], refuse: Any) -> tuple[int, dict[str, int | None]]:
     stops = list(tokenizer.stop_token_ids)
     if not stops:
         raise refuse("it has no end-of-text token, so that nothing would ever stop")

@@ -32,7 +32,9 @@ def check_target(target: Path, *, replace: bool = False, source: Path | None = N
     if not target.exists():
         return
     if not replace:
-        raise ValueError(f"{target} exists already; remove it or name another {'folder' if target.is_dir() else 'file'}")
+        raise ValueError(
+            f"{target} exists already; remove it or name another {'folder' if target.is_dir() else 'file'}"
+        )
     if target.is_dir() and not (target / "config.json").is_file():
         raise ValueError(f"{target} is a folder without a config.json, no model: --force does not remove it")
     if source is not None and source.resolve().is_relative_to(target.resolve()):
@@ -76,15 +78,18 @@ def write_folder(
     tokenizer.save(folder)
     if auto_tokenizer_splits_alike(tokenizer, folder):
         return ()
+    model_type = read_json(folder / "config.json")["model_type"]
     return (
-        f"AutoTokenizer splits text by the rules of {read_json(folder / 'config.json')['model_type']} whatever the folder "
-        "says: open this tokenizer with transformers.PreTrainedTokenizerFast.from_pretrained",
+        f"AutoTokenizer splits text by the rules of {model_type} whatever the folder says: open this tokenizer with "
+        "transformers.PreTrainedTokenizerFast.from_pretrained",
     )
 
 
 def auto_tokenizer_splits_alike(tokenizer: Tokenizer, folder: Path) -> bool:
-    """Whether AutoTokenizer makes of the folder what was saved; for some model types it rebuilds the splitting rules."""
+    """Whether AutoTokenizer opens what was saved; beside some model types it rebuilds the splitting rules."""
     found: Any = AutoTokenizer.from_pretrained(folder)
+    if not hasattr(found, "backend_tokenizer"):
+        return False
     saved, opened = (json.loads(one.backend_tokenizer.to_str()) for one in (tokenizer.hf, found))
     return all(saved[part] == opened[part] for part in ("normalizer", "pre_tokenizer", "model", "decoder"))
 

@@ -142,9 +142,7 @@ def test_chunks_of_chats(name: str, has_usage: bool, server: Any, document: dict
 
 
 @pytest.mark.parametrize("name", {**COMPLETIONS, **ECHOED})
-def test_chunks_of_completions(
-    name: str, server: Any, document: dict[str, Any], lenient: dict[str, Any]
-) -> None:
+def test_chunks_of_completions(name: str, server: Any, document: dict[str, Any], lenient: dict[str, Any]) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     found = chunks(post(server, "/v1/completions", {**COMPLETIONS, **ECHOED}[name] | options))
     reference = response_of("/completions", "post")
