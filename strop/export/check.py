@@ -89,7 +89,7 @@ def check_folder(model: CausalLM, tokenizer: Tokenizer, folder: Path) -> CheckRe
     theirs: Any = reader.from_pretrained(folder)
     for text in TEXTS:
         _require_same_ids(text, tokenizer.encode_prompt(text), theirs(text)["input_ids"])
-    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    other: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, parameter in other.named_parameters():
         if not parameter.isfinite().all():
             raise ValueError(f"{name} of the exported folder has values that are not finite")
