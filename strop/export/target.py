@@ -55,10 +55,10 @@ def new_target(target: Path, *, replace: bool = False) -> Iterator[Path]:
         for path in sorted(partial.rglob("*"), reverse=True) if partial.is_dir() else ():
             sync(path)
         sync(partial)
-        if target.exists():
-            check_target(target, replace=replace)
-            os.rename(target, Path(work) / "replaced")
-        os.rename(partial, target)
+        check_target(target, replace=replace)
+        if target.is_dir() or (target.exists() and partial.is_dir()):
+            os.rename(target, Path(work) / "replaced")  # a file takes another's place in one step, a folder cannot
+        os.replace(partial, target)
     sync(target.parent)
 
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from benchmarks.export import CONFIGS, SIZES, TEXTS, random_model
 from strop.export import write_gguf
-from strop.export.gguf_tokenizer import gguf_tokenizer
+from strop.export.gguf_tokenizer import _SPLITS, gguf_tokenizer
 from strop.models import save_model
 from strop.tokenizer import Tokenizer as OurTokenizer
 from strop.tokenizer import train_bpe
@@ -161,6 +162,12 @@ LINES = [
     "a1b2 x  7\n\n8", "naïve café, größer; 日本語 ١٢٣ ½ Ⅷ", "<|im_start|>user\nhi<|im_end|>\n",
     "😀👍🏽 e\u0301", " ", "\n", "def f(x):\n\treturn x**2  # ok!!",
 ]  # fmt: skip
+
+
+def test_the_splits_are_those_that_transformers_knows_by_these_names() -> None:
+    assert {name: regex for regex, name in _SPLITS.items()} == {
+        name: GGUF_PRE_TOKENIZER_SPLITS[name] for name in ("llama-bpe", "qwen2")
+    }
 
 
 def as_llama_cpp(path: Path) -> Tokenizer:
