@@ -148,22 +148,22 @@ def split(tasks: Sequence[Task], held_out: Sequence[Task] | None, config: Config
         training = [task for task in tasks if prompt_key(task) not in set_aside]
         if len(distinct) <= wanted:
             raise ValueError(
-                f"{config.tasks} has {len(distinct)} different prompts, of which held_out.num_prompts={wanted} would be "
-                "set aside: nothing is left to train on; give more prompts, lower it, or name held_out.tasks"
+                f"{config.tasks} has {len(distinct)} different prompts, of which held_out.num_prompts={wanted} would "
+                "be set aside: nothing is left to train on; give more prompts, lower it, or name held_out.tasks"
             )
         return training, held_out
     if len(held_out) < MIN_HELD_OUT:
         raise ValueError(
-            f"{config.held_out.tasks} has {len(held_out)} prompts; an early stop needs at least {MIN_HELD_OUT} that are "
-            "not trained on"
+            f"{config.held_out.tasks} has {len(held_out)} prompts; an early stop needs at least {MIN_HELD_OUT} that "
+            "are not trained on"
         )
     held_out = list(held_out[:wanted])
     where = {prompt_key(task): task.id for task in tasks}
     for task in held_out:
         if prompt_key(task) in where:
             raise ValueError(
-                f"{task.id}: this held-out prompt is trained on ({where[prompt_key(task)]}), so that it says nothing about a "
-                "collapse: take it out of one of the files"
+                f"{task.id}: this held-out prompt is trained on ({where[prompt_key(task)]}), so that it says "
+                "nothing about a collapse: take it out of one of the files"
             )
     return list(tasks), held_out
 
@@ -294,8 +294,8 @@ def refuse_to_go_on(start: Start, watch: Watch, config: Config) -> None:
     assert saved is not None
     if config.num_steps > saved[1]["num_steps"]:
         raise ValueError(
-            f"run {start.run.name} was stopped at step {start.step} ({watch.reason}) and does not go on: start a new run "
-            "from it, with a lower optimizer.lr or a higher kl_coef"
+            f"run {start.run.name} was stopped at step {start.step} ({watch.reason}) and does not go on: start a new "
+            "run from it, with a lower optimizer.lr or a higher kl_coef"
         )
 
 
