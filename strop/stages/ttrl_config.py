@@ -51,7 +51,7 @@ class Config:
     reward: Literal["majority", "weighted", "entropy", "self_certainty"] = "majority"
     """Agreement with the majority answer, or with the one voted by probability; or being sure (RENT, INTUITOR)."""
     answer_pattern: str = "auto"
-    """How an answer is cut out of a completion, as in the math reward: auto, boxed, last_number, after:MARKER, whole."""
+    """How an answer is cut out, as in the math reward: auto, boxed, last_number, after:MARKER or whole."""
     answer_column: str = "answer"
     """Right answers, for the report alone, in the rows that have them; empty = none. The reward never sees them."""
     num_votes: int = 32
