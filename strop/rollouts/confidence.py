@@ -12,8 +12,7 @@ from typing import Literal
 import torch
 
 from strop.models.interface import CausalLM
-from strop.models.logprobs import packed_logprobs
-from strop.objectives.logprobs import linear_self_certainty
+from strop.models.logprobs import packed_logprobs, packed_self_certainty
 from strop.rollouts.batch import RolloutBatch, collate_rollouts
 from strop.types import Completion, Task, Verdict
 
@@ -65,13 +64,6 @@ class ConfidenceReward:
             assert entropy_R is not None
             values_R = -entropy_R
         else:
-            hidden_TD, head_VD = self._policy.hidden_and_head(packed)
-            values_R = linear_self_certainty(
-                hidden_TD[packed.loss_mask_T],
-                head_VD,
-                temperature=self._temperature,
-                bias_V=self._policy.head_bias,
-                softcap=self._policy.logit_softcap,
-            )
+            values_R = packed_self_certainty(self._policy, packed, temperature=self._temperature)
         lengths = [len(completion) for completion in micro.completions]
         return [float(values.mean()) for values in values_R.split(lengths)]
