@@ -12,10 +12,8 @@ in Config (ttrl_config.py), the watch in ttrl_watch.py, what labels would say in
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +32,14 @@ from strop.rollouts.confidence import ConfidenceReward
 from strop.rollouts.groups import Group, roll_out
 from strop.rollouts.prompts import encode_prompts
 from strop.rollouts.report import sample_rows, save_failed_rollout
-from strop.runs import Interrupt, Progress, Start, derive_seed, generator, start_run
+from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
 from strop.stages import grpo
 from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_reference, load_tokenizer
-from strop.stages.ttrl_config import MIN_HELD_OUT, Config
+from strop.stages.ttrl_config import Config
 from strop.stages.ttrl_labels import Labels
+from strop.stages.ttrl_prompts import Prompts, split, unlabelled
 from strop.stages.ttrl_watch import Watch, agreement_metrics, check_answers, votes_of
 from strop.types import Completion, Request, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """What is trained on and what is held out, without any column: a reward has no label to read."""
-
-    training: list[Task]
-    held_out: list[Task]
 
 
 def ttrl_step(
@@ -130,51 +121,6 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool, reward: Re
     finally:
         labels.close()
     return start.run.path
-
-
-def split(tasks: Sequence[Task], held_out: Sequence[Task] | None, config: Config) -> tuple[list[Task], list[Task]]:
-    """(training, held out), without a prompt in common.
-
-    ValueError where too few are left of either, or where held_out.tasks has a prompt that is trained on.
-    """
-    wanted = config.held_out.num_prompts
-    if held_out is None:
-        # By prompt, not by row: a prompt that comes twice must not be on both sides.
-        distinct = list(dict.fromkeys(map(prompt_key, tasks)))
-        order = torch.randperm(len(distinct), generator=generator(config.seed, "held_out")).tolist()
-        first = {prompt_key(task): task for task in reversed(tasks)}
-        held_out = [first[distinct[index]] for index in sorted(order[:wanted])]
-        set_aside = {prompt_key(task) for task in held_out}
-        training = [task for task in tasks if prompt_key(task) not in set_aside]
-        if len(distinct) <= wanted:
-            raise ValueError(
-                f"{config.tasks} has {len(distinct)} different prompts, of which held_out.num_prompts={wanted} would "
-                "be set aside: nothing is left to train on; give more prompts, lower it, or name held_out.tasks"
-            )
-        return training, held_out
-    if len(held_out) < MIN_HELD_OUT:
-        raise ValueError(
-            f"{config.held_out.tasks} has {len(held_out)} prompts; an early stop needs at least {MIN_HELD_OUT} that "
-            "are not trained on"
-        )
-    held_out = list(held_out[:wanted])
-    where = {prompt_key(task): task.id for task in tasks}
-    for task in held_out:
-        if prompt_key(task) in where:
-            raise ValueError(
-                f"{task.id}: this held-out prompt is trained on ({where[prompt_key(task)]}), so that it says "
-                "nothing about a collapse: take it out of one of the files"
-            )
-    return list(tasks), held_out
-
-
-def prompt_key(task: Task) -> str:
-    """Equal for equal prompts; messages cannot be compared by hash."""
-    return task.prompt if isinstance(task.prompt, str) else json.dumps(task.prompt, sort_keys=True)
-
-
-def unlabelled(tasks: Sequence[Task]) -> list[Task]:
-    return [dataclasses.replace(task, columns={}) for task in tasks]
 
 
 def make_actors(config: Config, start: Start, prompts: Prompts, reward: Reward | None) -> grpo.Actors:

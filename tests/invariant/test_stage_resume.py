@@ -349,7 +349,7 @@ def test_there_was_something_to_lose(runs: Path) -> None:
             assert any(not torch.equal(value, late[name]) for name, value in early.items())
     elif "watch" in state:
         assert len(state["watch"]["base_answers"]) == 8 and state["watch"]["best_metrics"]
-        assert len({line["majority_share"] for line in lines}) > 3
+        assert len({line["majority_share"] for line in lines}) > 1
     elif "tasks" in state:
         assert any(name.startswith("reference.") for name in tensors)
         assert any(line["groups_sampled"] > line["groups"] for line in lines), "no group was ever replaced"

@@ -1,4 +1,4 @@
-"""A majority vote teaches a policy whose votes are mostly right, through GRPO (ttrl) and PPO; the vote of another prompt
+"""A majority vote teaches a policy whose votes are mostly right, through GRPO (ttrl) and PPO; another prompt's vote
 does not; and a policy that learns to give one answer to everything is stopped. No label is given to any of them."""
 
 from __future__ import annotations
