@@ -50,6 +50,8 @@ def run(command: str, args: Sequence[str]) -> int:
         raise ValueError(f"--num-samples {arguments.num_samples}: at least 1")
     if arguments.vote:
         check_vote(arguments)
+    elif arguments.answer_pattern != "auto":
+        raise ValueError("--answer-pattern belongs to --vote: add --vote N, or leave it out")
     with frozen_model(arguments) as frozen:
         from strop.runs import derive_seed
         from strop.types import Request
