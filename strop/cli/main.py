@@ -19,6 +19,7 @@ train (each writes a run folder, runs/NAME)
   ppo      RECIPE.toml          reinforcement learning: a critic says what was better than expected, token by token
   dpo      RECIPE.toml          preferences straight into the policy: DPO and its relatives, KTO, online DPO
   grpo     RECIPE.toml          reinforcement learning: sample a group, score it, reinforce what beats the group
+  ttrl     RECIPE.toml          test-time RL: GRPO on prompts without answers, a majority vote as reward, on an adapter
       --from RUN[/STEP]|FOLDER  checkpoint to start from     --name NAME       name of the run (the recipe's name)
       --FIELD VALUE             any field of the recipe      --runs-dir DIR    folder of all runs (runs)
       --resume                  continue a stopped run       --print-config    print the resolved recipe and stop
@@ -57,6 +58,7 @@ COMMANDS = {
     "reward-model": "stages",
     "dpo": "stages",
     "grpo": "stages",
+    "ttrl": "stages",
     "pipeline": "pipeline",
     "eval": "evaluate",
     "generate": "generate",

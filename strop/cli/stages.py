@@ -1,4 +1,4 @@
-"""`strop pretrain | sft | reward-model | ppo | dpo | grpo RECIPE.toml`: a recipe, flags over it, one run."""
+"""`strop pretrain | sft | reward-model | ppo | dpo | grpo | ttrl RECIPE.toml`: a recipe, flags over it, one run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ STAGES = {
     "reward-model": "strop.stages.reward_model",
     "dpo": "strop.stages.dpo",
     "grpo": "strop.stages.grpo",
+    "ttrl": "strop.stages.ttrl",
 }
 """Stage name -> the module with its Config and train()."""
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from strop.tokenizer import Tokenizer
     from strop.types import Segment
 
-STAGES = ("pretrain", "sft", "grpo")
+STAGES = ("pretrain", "sft", "grpo", "ttrl")
 """Those that have a forecast."""
 
 ASSUMED_PROMPT = 64
@@ -28,13 +28,15 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
         raise ValueError(f"there is no forecast for the stage {stage} yet, only for {', '.join(STAGES)}")
     if config.device != "cpu":
         raise ValueError(f"device = {config.device!r}: the forecast measures this machine's CPU; leave device out")
-    if getattr(config, "lora", None) is not None:
+    if stage == "ttrl" and not config.all_weights:
+        raise ValueError("there is no forecast for an adapter yet: --all-weights forecasts training all weights")
+    if stage != "ttrl" and getattr(config, "lora", None) is not None:
         raise ValueError("there is no forecast for [lora] yet: leave it out for the cost of training all weights")
     import torch
 
     from strop.native.train import has_kernels
 
-    planned = {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo}[stage](config, runs_dir)
+    planned = {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo, "ttrl": _ttrl}[stage](config, runs_dir)
     return dataclasses.replace(planned, has_kernels=has_kernels(torch.empty(0, dtype=planned.dtype)))
 
 
@@ -136,6 +138,15 @@ def _grpo(config: Any, runs_dir: Path) -> Workload:
             "every completion runs to sampling.max_new_tokens; the verifiers' time and memory are not in it",
         ),
     )
+
+
+def _ttrl(config: Any, runs_dir: Path) -> Workload:
+    """GRPO on group_size completions of the num_votes that are sampled; held-out prompts are its evaluation."""
+    planned = _grpo(config.as_grpo(), runs_dir)
+    assert planned.rollout is not None
+    held_out = config.held_out.num_prompts * config.held_out.num_samples
+    rollout = dataclasses.replace(planned.rollout, group_size=config.num_votes, eval_samples=held_out)
+    return dataclasses.replace(planned, rollout=rollout)
 
 
 def rollout_micro_batches(

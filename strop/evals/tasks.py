@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from strop.evals.intervals import mean_interval
 from strop.generation import Engine
 from strop.objectives.pass_at_k import pass_at_k
 from strop.rewards.base import HasAnswers, ReadsTokens, Reward
+from strop.rewards.vote import count_votes
 from strop.rollouts.prompts import encode_prompt
 from strop.runs.seeds import derive_seed
 from strop.tokenizer import Tokenizer
@@ -83,8 +83,18 @@ def evaluate_tasks(
             )
         longest = max(len(request.prompt_ids) for request in requests)
         reward.bind(tokenizer, longest + sampling.max_new_tokens)
-    groups = engine.generate(requests)
-    flat_tasks = [task for task in tasks for _ in range(num_samples)]
+    return judge_samples(tasks, engine.generate(requests), reward, k=k)
+
+
+def judge_samples(
+    tasks: Sequence[Task], groups: Sequence[Sequence[Completion]], reward: Reward, *, k: Sequence[int] = (1,)
+) -> TaskReport:
+    """evaluate_tasks from its second half on: answers that are there already, equally many for each task.
+
+    Of the errors only RuntimeError is raised here.
+    """
+    num_samples = len(groups[0])
+    flat_tasks = [task for task, group in zip(tasks, groups, strict=True) for _ in group]
     flat_completions = [completion for group in groups for completion in group]
     verdicts = reward.score(flat_tasks, flat_completions)
     samples = [
@@ -141,8 +151,7 @@ def _majority(reward: Reward, group: Sequence[Sample]) -> bool:
         keys = [reward.answer_key(sample.completion) for sample in group]
     else:
         keys = [sample.completion.text.strip() or None for sample in group]
-    counts = Counter(key for key in keys if key is not None)
-    if not counts:
+    winner = count_votes(keys).winner
+    if winner is None:
         return False
-    winner = counts.most_common(1)[0][0]
     return next(sample.is_correct for key, sample in zip(keys, group, strict=True) if key == winner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from strop.models.interface import CausalLM
-from strop.objectives.logprobs import linear_logprobs
+from strop.objectives.logprobs import linear_logprobs, linear_self_certainty
 from strop.types import PackedBatch
 
 
@@ -39,4 +39,16 @@ def label_logprobs(
         bias_V=model.head_bias,
         softcap=model.logit_softcap,
         with_entropy=with_entropy,
+    )
+
+
+def packed_self_certainty(model: CausalLM, batch: PackedBatch, *, temperature: float = 1.0) -> Tensor:
+    """KL(U || p) of the law at every True of loss_mask_T, float32, in packed order (linear_self_certainty)."""
+    hidden_TD, head_VD = model.hidden_and_head(batch)
+    return linear_self_certainty(
+        hidden_TD[batch.loss_mask_T],
+        head_VD,
+        temperature=temperature,
+        bias_V=model.head_bias,
+        softcap=model.logit_softcap,
     )

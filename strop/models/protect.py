@@ -14,13 +14,16 @@ _ALIGNMENT = 64
 """Bytes; tensors start on cache lines, as those of torch do."""
 
 
-def protect(model: nn.Module) -> bool:
+def protect(model: nn.Module, *, only_frozen: bool = False) -> bool:
     """Move the parameters and buffers into pages that are mapped read-only; any write to them then ends the process.
+
+    only_frozen leaves out the parameters that require a gradient: an adapter learns, its base cannot.
 
     Returns False, having changed nothing, where that cannot be done: off the CPU, or without mprotect. Tied weights
     stay tied. The pages belong to no file, so that a file that changes on disk changes nothing here.
     """
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    chosen = (*(value for value in model.parameters() if not (only_frozen and value.requires_grad)), *model.buffers())
+    tensors = {id(tensor): tensor for tensor in chosen if tensor.numel()}
     if os.name != "posix" or any(tensor.device.type != "cpu" for tensor in tensors.values()):
         return False
     sizes = {key: -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for key, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -53,6 +54,34 @@ def linear_logprobs(
         raise ValueError(f"chunk_size must be >= 1, not {chunk_size}")
     apply = cast(Callable[..., tuple[Tensor, Tensor | None]], _LinearLogprobs.apply)  # pyright: ignore[reportUnknownMemberType]
     return apply(hidden_RD, weight_VD, labels_R, bias_V, temperature, softcap, chunk_size, with_entropy)
+
+
+@torch.no_grad()
+def linear_self_certainty(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    *,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_size: int = 256,
+) -> Tensor:
+    """How far each row's next-token law is from uniform, in nats, float32: KL(U || p) (Kang et al. 2025, eq. 5).
+
+        -(1/V) sum_v log(V p_v) = logsumexp(z) - mean(z) - log V,    z as in linear_logprobs
+
+    0 for a uniform law and without upper bound. Unlike the entropy it asks how unlikely the unlikely tokens are: two
+    laws that are sure of one token have the same entropy, 0, but not the same self-certainty. A reward, so without
+    gradient. R label positions, V vocabulary. Raises ValueError for temperature <= 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, not {temperature}: the logits are divided by it")
+    results = [hidden_RD.new_empty(0, dtype=torch.float32)]
+    for start in range(0, hidden_RD.shape[0], chunk_size):
+        logits_RV = torch.nn.functional.linear(hidden_RD[start : start + chunk_size], weight_VD, bias_V).float()
+        z_RV = _cap_and_cool_(logits_RV, temperature, softcap)
+        results.append(z_RV.logsumexp(-1) - z_RV.mean(-1) - math.log(z_RV.shape[-1]))
+    return torch.cat(results)
 
 
 def logprobs_from_logits(logits_RV: Tensor, labels_R: Tensor, *, temperature: float = 1.0) -> Tensor:

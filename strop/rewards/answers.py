@@ -249,6 +249,22 @@ def numbers_equal(gold: Number, answer: Number, relative_tolerance: float) -> bo
     return close(gold.value, answer.value) or close(100 * gold.value, answer.value)
 
 
+def answer_key(text: str, pattern: str) -> str | None:
+    """What a majority vote counts: equal for completions with the same answer, None for one without a readable answer.
+
+    Numbers count by their value (1/2 agrees with 0.50), anything else as text without spaces: forms that only algebra
+    knows to be equal (x+1 and 1+x) are two answers to a vote, though the math reward calls both right.
+
+    >>> answer_key("so 0.50", "auto"), answer_key("it is 1/2", "auto"), answer_key("who knows", "auto")
+    ('1/2', '1/2', None)
+    """
+    answer = extract_answer(text, pattern)
+    if answer is None or len(answer) > MAX_ANSWER_CHARS:
+        return None
+    number = read_number(answer)
+    return "".join(answer.split()) if number is None else f"{number.value}{'%' if number.is_percent else ''}"
+
+
 def why_explosive(text: str) -> str | None:
     """Why an expression must not even be parsed (sympy would compute it for minutes), or None.
 

@@ -17,6 +17,7 @@ from strop.rewards.metamath import MetamathReward
 from strop.rewards.model import ModelReward
 from strop.rewards.reasoning_gym import ReasoningGymReward
 from strop.rewards.text import FormatReward, OverlongPenalty, TargetLength
+from strop.rewards.vote import VoteReward
 
 _KINDS: dict[str, Callable[..., Reward]] = {
     "judge": JudgeReward,
@@ -28,6 +29,7 @@ _KINDS: dict[str, Callable[..., Reward]] = {
     "length": TargetLength,
     "overlong": OverlongPenalty,
     "model": ModelReward,
+    "vote": VoteReward,
 }
 
 _R = TypeVar("_R", bound=Reward)

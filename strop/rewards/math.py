@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from strop.rewards.answers import (
     MAX_ANSWER_CHARS,
+    answer_key,
     check_answer_pattern,
     extract_answer,
     numbers_equal,
@@ -101,11 +102,7 @@ class MathReward:
 
     def answer_key(self, completion: Completion) -> str | None:
         """What a majority vote counts: the answer, numbers by their value (1/2 agrees with 0.50); None = unreadable."""
-        answer = extract_answer(completion.text, self._answer_pattern)
-        if answer is None or len(answer) > MAX_ANSWER_CHARS:
-            return None
-        number = read_number(answer)
-        return "".join(answer.split()) if number is None else f"{number.value}{'%' if number.is_percent else ''}"
+        return answer_key(completion.text, self._answer_pattern)
 
     def close(self) -> None:
         self._pool.close()

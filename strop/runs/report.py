@@ -17,7 +17,7 @@ from strop.runs.folder import RunFolder
 from strop.runs.metrics import read_lines
 from strop.runs.report_page import PAGE
 
-HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score", "accuracy")
+HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score", "accuracy", "base_agreement")
 """The first of them that a run logged as eval/NAME stands in the table."""
 
 CURVES = {
@@ -26,6 +26,13 @@ CURVES = {
     "eval/loss": "held-out loss, nats per token",
     "eval/score": "held-out score",
     "eval/accuracy": "agreement with held-out preferences",
+    "eval/base_agreement": "agreement with the base's votes on held-out prompts",
+    "eval/self_agreement": "agreement with its own votes on held-out prompts",
+    "eval/distinct_answers": "different majority answers on held-out prompts",
+    "eval/entropy": "entropy on held-out prompts, nats per token",
+    "majority_share": "share of the majority answer",
+    "label_accuracy": "share of majority answers that are right",
+    "reward_accuracy": "share of rewards that the right answer would have given",
     "reward": "reward",
     "reward_penalised": "reward after penalties for KL and missing EOS",
     "loss": "training loss, nats per token",

@@ -79,6 +79,14 @@ def grpo_step(
     """One rollout and its updates; step counts from 1. Returns metrics, the groups, and the batch for samples.jsonl."""
     started = time.perf_counter()
     groups, sampled = sample_groups(actors, tasks, config, step)
+    metrics, batch = learn(actors, groups, sampled, config, step, started=started)
+    return metrics, groups, batch
+
+
+def learn(
+    actors: Actors, groups: list[Group], sampled: list[Group], config: Config, step: int, *, started: float
+) -> tuple[dict[str, float], RolloutBatch]:
+    """The updates of one rollout: `groups` of all that were `sampled` since `started` (time.perf_counter)."""
     rollout_ended = time.perf_counter()
     batch, counted_B = make_batch(actors, groups, config)
     averages = Averages()
@@ -117,7 +125,7 @@ def grpo_step(
         "time/update_seconds": ended - rollout_ended,
         "time/tokens_per_second": num_tokens / (ended - started),
     }
-    return metrics, groups, batch
+    return metrics, batch
 
 
 def sample_groups(actors: Actors, tasks: TaskBatches, config: Config, step: int) -> tuple[list[Group], list[Group]]:

@@ -216,6 +216,24 @@ critic = { network = "shared" }
 PPO_LORA = PPO + PPO_SHARED + "lora = { rank = 2 }\n"
 DPO_LORA = DPO + "lora = { rank = 2 }\n"
 ONLINE_LORA = ONLINE + "lora = { rank = 2 }\n"
+TTRL = """
+from = "tiny"
+tasks = "tasks.jsonl"
+answer_pattern = "whole"
+answer_column = ""
+num_steps = 9
+num_votes = 6
+group_size = 4
+prompts_per_step = 4
+epochs_per_rollout = 2
+kl_coef = 0.1
+save_every = 4
+dtype = "bfloat16"
+lora = { rank = 2 }
+sampling = { max_new_tokens = 5, stop = ["a", "e", "o", "t", "u", "n", "r", "i", "h"] }
+optimizer = { lr = 3e-3, schedule = "linear" }
+held_out = { num_prompts = 8, num_samples = 4, every = 3, max_drop = 1.0, min_answers = 0.0 }
+"""
 RECIPES = {
     "pretrain": PRETRAIN,
     "sft": SFT,
@@ -230,6 +248,7 @@ RECIPES = {
     "ppo:lora": PPO_LORA,
     "dpo:lora": DPO_LORA,
     "dpo:online-lora": ONLINE_LORA,
+    "ttrl": TTRL,
 }
 
 
@@ -328,6 +347,9 @@ def test_there_was_something_to_lose(runs: Path) -> None:
             early = load_file(runs / "whole/checkpoints/step-000008/critic/model.safetensors")
             late = load_file(critic / "model.safetensors")
             assert any(not torch.equal(value, late[name]) for name, value in early.items())
+    elif "watch" in state:
+        assert len(state["watch"]["base_answers"]) == 8 and state["watch"]["best_metrics"]
+        assert len({line["majority_share"] for line in lines}) > 1
     elif "tasks" in state:
         assert any(name.startswith("reference.") for name in tensors)
         assert any(line["groups_sampled"] > line["groups"] for line in lines), "no group was ever replaced"

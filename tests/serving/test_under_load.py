@@ -211,11 +211,20 @@ def test_an_adapter_is_served_beside_its_base(tiny_folder: Path, tmp_path: Path)
             if parameter.requires_grad:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     save_model(model, tmp_path / "adapter")
+    on_disk = {path.name: path.read_bytes() for path in tiny_folder.iterdir() if path.is_file()}
     process, url = start(tiny_folder, "--adapter", f"skill={tmp_path / 'adapter'}")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    before = [one.weights_sha256 for one in client.models.list().data]  # type: ignore[attr-defined]
     names = [one.id for one in client.models.list().data]
     texts = [client.completions.create(model=one, prompt="the", seed=1).choices[0].text for one in names]
-    hashes = {one.weights_sha256 for one in client.models.list().data}  # type: ignore[attr-defined]
+    hashes = [one.weights_sha256 for one in client.models.list().data]  # type: ignore[attr-defined]
     process.terminate()
     process.communicate(timeout=30)
-    assert names == ["tiny", "skill"] and texts[0] != texts[1] and len(hashes) == 2
+    assert names == ["tiny", "skill"] and texts[0] != texts[1]
+    alone, url = start(tiny_folder)
+    with urllib.request.urlopen(f"{url}/v1/models") as answer:
+        [base] = json.load(answer)["data"]
+    alone.terminate()
+    alone.communicate(timeout=30)
+    assert hashes == before and hashes[0] == base["weights_sha256"] != hashes[1]
+    assert on_disk == {path.name: path.read_bytes() for path in tiny_folder.iterdir() if path.is_file()}

@@ -1,0 +1,316 @@
+"""What test-time RL does: where the vote is mostly right, where it is systematically wrong, and when it collapses.
+
+    python -m benchmarks.ttrl --seeds 0 1 2 --save ttrl     about 4 minutes per seed on one thread
+    python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
+
+Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
+kind. pass@1 and maj@32 are measured on frozen weights and 500 questions that are in no example and no prompt of a run;
+their intervals are over questions, within one seed. What is compared between arms is the same questions, in pairs.
+
+    majority    TTRL                                    noisy and misled base
+    shuffled    control: the majority answer of another prompt of the rollout counts as right
+    drawn       the answer of one completion of the group, drawn at random, counts as right
+    collapse    reward = "entropy" at ten times the learning rate, watched
+    unwatched   the same without the early stop
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.__main__ import ROOT, heading, origin
+from benchmarks.ttrl_tasks import make_base
+from strop.data import load_rows, tasks_from_rows
+from strop.evals.intervals import mean_interval
+from strop.evals.tasks import Sample, evaluate_tasks
+from strop.generation import Engine
+from strop.models import load_model, tokenizer_folder
+from strop.optim import OptimizerConfig
+from strop.rewards.base import Reward
+from strop.rewards.math import MathReward
+from strop.rewards.vote import VoteReward, count_votes
+from strop.rollouts.prompts import Sampling
+from strop.runs import RunFolder, read_lines, resolve
+from strop.stages import ttrl
+from strop.stages.ttrl_config import Config, HeldOut
+from strop.tokenizer import Tokenizer
+from strop.types import Completion, Task, Verdict
+
+VOTES = 32
+ARMS = {
+    "noisy": ("majority", "shuffled", "drawn", "collapse", "unwatched"),
+    "misled": ("majority",),
+}
+CURVES = (
+    "eval/pass@1", "eval/base_agreement", "eval/self_agreement", "eval/distinct_answers", "eval/entropy",
+    "label_accuracy", "reward_accuracy", "majority_share",
+)  # fmt: skip
+
+
+class ShuffledVote(VoteReward):
+    """Counts the majority answer of the next prompt of the batch as right: agreement that means nothing."""
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
+        keys = [self.answer_key(completion) for completion in completions]
+        names = list(dict.fromkeys(task.id for task in tasks))
+        winners = [
+            count_votes([key for key, task in zip(keys, tasks, strict=True) if task.id == name]).winner
+            for name in names
+        ]
+        labels = dict(zip(names, [*winners[1:], winners[0]], strict=True))
+        return _verdicts(tasks, keys, labels)
+
+
+class DrawnVote(VoteReward):
+    """Counts the answer of one completion, drawn at random from the group, as right.
+
+    No control: an answer is drawn as often as it is given, so that on average this rewards the majority too.
+    """
+
+    draw = random.Random(0)
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
+        keys = [self.answer_key(completion) for completion in completions]
+        labels = {
+            name: self.draw.choice([key for key, task in zip(keys, tasks, strict=True) if task.id == name])
+            for name in dict.fromkeys(task.id for task in tasks)
+        }
+        return _verdicts(tasks, keys, labels)
+
+
+def _verdicts(tasks: Sequence[Task], keys: Sequence[str | None], labels: dict[str, str | None]) -> list[Verdict]:
+    return [
+        Verdict(score=float(key is not None and key == labels[task.id])) for task, key in zip(tasks, keys, strict=True)
+    ]
+
+
+def config(arm: str, seed: int, folder: Path) -> Config:
+    never = HeldOut(every=5, max_drop=1.0, min_answers=0.0)
+    is_collapse = arm in ("collapse", "unwatched")
+    return Config(
+        init_from="base",
+        tasks=str(folder / "tasks.jsonl"),
+        num_steps=60,
+        reward="entropy" if is_collapse else "majority",
+        num_votes=16 if is_collapse else VOTES,
+        group_size=16,
+        prompts_per_step=16,
+        sampling=Sampling(max_new_tokens=5),
+        held_out=HeldOut(every=5) if arm == "collapse" else never,
+        kl_coef=0.0 if is_collapse else 0.001,
+        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 3e-3),
+        save_every=10**6,
+        samples_per_step=32,
+        dtype="float32",
+        seed=seed,
+    )
+
+
+def run_arm(kind: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The arm's run, unless it is finished, and what its result is worth on the test questions."""
+    if not is_finished(folder, "base"):
+        make_base(kind, seed, folder)
+    if not is_finished(folder, arm):
+        DrawnVote.draw = random.Random(seed)
+        reward: Reward | None = {"shuffled": ShuffledVote(), "drawn": DrawnVote()}.get(arm)
+        ttrl.train(config(arm, seed, folder), name=arm, runs_dir=folder, resume=False, reward=reward)
+    before, after = answers("base", folder), answers(arm, folder)
+    stopped = [line for line in read_lines(folder / arm / "metrics.jsonl") if "result_of_step" in line]
+    last = max(line["step"] for line in read_lines(folder / arm / "metrics.jsonl"))
+    against_pass = [right - left for left, right in zip(rates(before), rates(after), strict=True)]
+    against_vote = [right - left for left, right in zip(majorities(before), rates(after), strict=True)]
+    return {
+        "kind": kind,
+        "arm": arm,
+        "seed": seed,
+        "pass@1 before": with_interval(rates(before)),
+        f"maj@{VOTES} before": with_interval(majorities(before)),
+        "pass@1 after": with_interval(rates(after)),
+        "after - pass@1": paired_interval(against_pass),
+        f"after - maj@{VOTES}": paired_interval(against_vote),
+        "distinct before": distinct(before),
+        "distinct after": distinct(after),
+        "last step": last,
+        "result of step": stopped[-1]["result_of_step"] if stopped else last,
+    }
+
+
+def is_finished(folder: Path, name: str) -> bool:
+    return (folder / name / "run.json").is_file() and RunFolder.open(folder, name).info["status"] == "finished"
+
+
+def answers(name: str, folder: Path) -> list[list[Sample]]:
+    """VOTES answers of the frozen checkpoint to every test question, judged."""
+    path = resolve(name, folder).path
+    tokenizer = Tokenizer.load(tokenizer_folder(path))
+    tasks = tasks_from_rows(load_rows(str(folder / "test.jsonl")))
+    reward = MathReward()
+    try:
+        report = evaluate_tasks(
+            Engine(load_model(path, frozen=True), tokenizer, num_slots=128),
+            tokenizer,
+            tasks,
+            reward,
+            sampling=Sampling(max_new_tokens=5).params(tokenizer),
+            num_samples=VOTES,
+            seed=2026,
+        )
+    finally:
+        reward.close()
+    return [report.samples[start : start + VOTES] for start in range(0, len(report.samples), VOTES)]
+
+
+def rates(groups: Sequence[Sequence[Sample]]) -> list[float]:
+    return [sum(sample.is_correct for sample in group) / len(group) for group in groups]
+
+
+def majorities(groups: Sequence[Sequence[Sample]]) -> list[float]:
+    """1 where the majority answer is right."""
+    return [float(is_right(group, winner(group))) for group in groups]
+
+
+def is_right(group: Sequence[Sample], answer: str | None) -> bool:
+    return answer is not None and any(sample.is_correct for sample in group if key(sample) == answer)
+
+
+def key(sample: Sample) -> str | None:
+    return VoteReward().answer_key(sample.completion)
+
+
+def winner(group: Sequence[Sample]) -> str | None:
+    return count_votes([key(sample) for sample in group]).winner
+
+
+def distinct(groups: Sequence[Sequence[Sample]]) -> int:
+    return len({winner(group) for group in groups})
+
+
+def with_interval(values: Sequence[float]) -> list[float]:
+    return [statistics.fmean(values), *mean_interval(values)]
+
+
+def paired_interval(differences: Sequence[float]) -> list[float]:
+    """Mean of per-question differences with its 95 % interval, by their spread between questions."""
+    mean = statistics.fmean(differences)
+    half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return [mean, mean - half, mean + half]
+
+
+def curve_rows(folder: Path, kind: str, arm: str, seed: int) -> list[dict[str, Any]]:
+    return [
+        {"kind": kind, "arm": arm, "seed": seed, "step": line["step"], **{name: line.get(name) for name in CURVES}}
+        for line in read_lines(folder / arm / "metrics.jsonl")
+        if "result_of_step" not in line
+    ]
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    columns = ["pass@1 before", f"maj@{VOTES} before", "pass@1 after", "after - pass@1", f"after - maj@{VOTES}"]
+    heads = ["base", "arm", "seed", *columns, "different majority answers", "result of step"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = [row["kind"], row["arm"], row["seed"]]
+        cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*row[name]) for name in columns]
+        cells += [
+            f"{row['distinct before']} -> {row['distinct after']}",
+            f"{row['result of step']} of {row['last step']}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "Means over the seeds, with the smallest and the largest:", ""]
+    lines += ["| base | arm | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
+    for kind, arm in dict.fromkeys((row["kind"], row["arm"]) for row in rows):
+        own = [row for row in rows if (row["kind"], row["arm"]) == (kind, arm)]
+        cells = []
+        for name in columns:
+            values = [row[name][0] for row in own]
+            cells.append(f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {kind} | {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {
+        "eval/pass@1": "pass@1 on the 64 watched prompts",
+        "eval/base_agreement": "agreement with the base's votes",
+        "eval/self_agreement": "agreement with itself",
+        "eval/distinct_answers": "different majority answers",
+    }
+    arms = list(dict.fromkeys((row["kind"], row["arm"]) for row in rows))
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for number, (kind, arm) in enumerate(arms):
+            seeds = sorted({row["seed"] for row in rows if (row["kind"], row["arm"]) == (kind, arm)})
+            for seed in seeds:
+                own = [
+                    row
+                    for row in rows
+                    if (row["kind"], row["arm"], row["seed"]) == (kind, arm, seed) and row[name] is not None
+                ]
+                label = f"{kind}, {arm}" if seed == seeds[0] else None
+                axis.plot(
+                    [row["step"] for row in own], [row[name] for row in own], color=f"C{number}", alpha=0.8, label=label
+                )
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), help="kinds of base")
+    parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/ttrl-study"))
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md, .csv, .png and .json")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    for kind in options.only:
+        for arm in ARMS[kind]:
+            if options.arms and arm not in options.arms:
+                continue
+            for seed in options.seeds:
+                folder = options.runs_dir / f"{kind}-{seed}"
+                kept = folder / f"{arm}.json"
+                if not kept.is_file():
+                    kept_row = run_arm(kind, arm, seed, folder)
+                    kept.write_text(json.dumps(kept_row), encoding="utf-8")
+                rows.append(json.loads(kept.read_text(encoding="utf-8")))
+                curves += curve_rows(folder, kind, arm, seed)
+                print(json.dumps(rows[-1]), flush=True)
+    table = render(rows)
+    print(table)
+    if options.save:
+        about = origin()
+        stem = ROOT / "benchmarks" / "results" / options.save
+        stem.with_suffix(".md").write_text(f"{heading(about)}\n\n{table}\n", encoding="utf-8")
+        stem.with_suffix(".json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(curves[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(curves)
+        draw_curves(curves, stem.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
