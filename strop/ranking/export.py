@@ -68,8 +68,8 @@ def export_rankings(
     """Write the rankings that hold now to `path`, and those of held-out prompts to NAME.held_out.SUFFIX beside it.
 
     The split is by prompt, and the prompt alone decides its side: it never changes sides when rankings are added, and
-    no prompt is on both. Both files appear whole or not at all. Raises ValueError where there is nothing to write, and for
-    a path that is a folder, in no folder, or the store itself.
+    no prompt is on both. Both files appear whole or not at all. Raises ValueError where there is nothing to write, and
+    for a path that is a folder, in no folder, or the store itself.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out} must be a share from 0 to below 1")
