@@ -48,6 +48,7 @@ from strop.rollouts.logprobs import frozen_logprobs
 from strop.rollouts.prompts import Sampling
 from strop.runs import read_lines, resolve
 from strop.stages import ppo, reward_model, sft
+from strop.stages.ppo_config import CriticConfig
 from strop.tokenizer import Tokenizer, train_bpe
 from strop.types import Completion, Request, SamplingParams, Task
 
@@ -69,7 +70,8 @@ MAX_NEW_TOKENS = 24
 STORIES = 6000
 NUM_ANSWERS = 4
 """Per ranked prompt."""
-EVAL_STEPS = (2, 4, 8, 12, 16, 24, 32, 40, 52, 64, 80, 100, 120)
+NUM_STEPS = 48
+EVAL_STEPS = (0, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48)
 EVAL_SAMPLES = 16
 """Answers per held-out prompt."""
 SHAPE = {"hidden_size": 160, "num_layers": 4, "num_heads": 5, "num_kv_heads": 5, "head_dim": 32}
@@ -88,9 +90,9 @@ class Proxy:
 
 PROXIES = {
     "weak": Proxy(rankings=40, noise=1.0, num_steps=30, batch_size=16),
-    "strong": Proxy(rankings=2000, noise=0.0, num_steps=120, batch_size=64),
+    "strong": Proxy(rankings=2000, noise=0.0, num_steps=90, batch_size=64),
 }
-KL_COEFS = (0.0, 0.05, 0.2, 0.6)
+KL_COEFS = (0.0, 0.05, 0.1, 0.3)
 
 
 def taste(text: str) -> float:
@@ -258,7 +260,7 @@ def rankings(start: Start, proxy: Proxy, tasks: str, draw: random.Random, seed: 
     return rows
 
 
-def reinforce(start: Start, proxy: str, kl_coef: float, seed: int, num_steps: int) -> list[Point]:
+def reinforce(start: Start, proxy: str, kl_coef: float, seed: int) -> list[Point]:
     """PPO against the proxy, and its measured checkpoints."""
     judge_run, name = make_proxy(start, proxy, seed), f"overopt-ppo-{proxy}-{kl_coef}-{seed}"
     kept = start.runs_dir / name / "points.json"
@@ -268,18 +270,18 @@ def reinforce(start: Start, proxy: str, kl_coef: float, seed: int, num_steps: in
         init_from="overopt-sft",
         tasks=str(start.folder / "tasks.jsonl"),
         rewards=(RewardConfig(name="model", options={"model": judge_run}),),
-        num_steps=num_steps,
+        num_steps=NUM_STEPS,
         prompts_per_step=32,
         group_size=4,
         epochs_per_rollout=2,
         gae_lambda=1.0,
         kl_coef=kl_coef,
-        critic=ppo.CriticConfig(network="shared"),
+        critic=CriticConfig(network="shared"),
         sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS),
         optimizer=OptimizerConfig(lr=3e-4),
         num_slots=128,
-        save_every=2,
-        keep_checkpoints=num_steps,
+        save_every=4,
+        keep_checkpoints=NUM_STEPS,
         dtype="float32",
         seed=seed,
     )
@@ -289,7 +291,7 @@ def reinforce(start: Start, proxy: str, kl_coef: float, seed: int, num_steps: in
     unit = scores(start, start.model, judge, num_samples=64)[1]
     mean, std = float(np.mean(unit)), float(np.std(unit))
     points = []
-    for step in (0, *(step for step in EVAL_STEPS if step <= num_steps)):
+    for step in EVAL_STEPS:
         model = start.model if step == 0 else load(start.runs_dir, f"{name}/{step}")[0]
         kl, proxies, golds, texts = scores(start, model, judge, num_samples=EVAL_SAMPLES)
         by_prompt = golds.reshape(len(start.held_out), -1).mean(axis=1)
@@ -315,7 +317,7 @@ def reinforce(start: Start, proxy: str, kl_coef: float, seed: int, num_steps: in
         points.append(point)
     kept.write_text(json.dumps([dataclasses.asdict(point) for point in points], indent=1), encoding="utf-8")
     for path in (start.runs_dir / name / "checkpoints").glob("step-*"):
-        if path.name != f"step-{num_steps:06d}":
+        if path.name != f"step-{NUM_STEPS:06d}":
             shutil.rmtree(path)
     return points
 
@@ -432,14 +434,13 @@ def main() -> int:
     parser.add_argument("--proxies", nargs="+", choices=PROXIES, default=list(PROXIES))
     parser.add_argument("--kl", nargs="+", type=float, default=list(KL_COEFS), help="weights of the KL penalty")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=EVAL_STEPS[-1], help="rollouts of every run")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md, .csv and .png")
     options = parser.parse_args()
     start = make_start(options.runs_dir)
     points: list[Point] = []
     for proxy, seed, kl_coef in product(options.proxies, options.seeds, options.kl):
-        own = reinforce(start, proxy, kl_coef, seed, options.steps)
+        own = reinforce(start, proxy, kl_coef, seed)
         points += own
         print(render(own).splitlines()[-1], flush=True)
     print(render(points))
