@@ -84,15 +84,17 @@ class Proxy:
     rankings: int
     noise: float
     """Standard deviation of what is added to the judge's score before it ranks, in standard deviations of the score."""
-    num_steps: int
-    batch_size: int
+    num_steps: int = 0
+    batch_size: int = 0
+    kl_coefs: tuple[float, ...] = ()
+    """Weights of the KL penalty, a run each."""
 
 
 PROXIES = {
-    "weak": Proxy(rankings=40, noise=1.0, num_steps=30, batch_size=16),
-    "strong": Proxy(rankings=2000, noise=0.0, num_steps=90, batch_size=64),
+    "weak": Proxy(rankings=40, noise=1.0, num_steps=30, batch_size=16, kl_coefs=(0.0, 0.05, 0.1, 0.3)),
+    "strong": Proxy(rankings=2000, noise=0.0, num_steps=90, batch_size=64, kl_coefs=(0.0, 0.1)),
 }
-KL_COEFS = (0.0, 0.05, 0.1, 0.3)
+HELD_OUT = Proxy(rankings=400, noise=0.0)
 
 
 def taste(text: str) -> float:
@@ -225,7 +227,7 @@ def answers(
 def make_proxy(start: Start, name: str, seed: int) -> str:
     """The run of a reward model that has read the proxy's share of rankings."""
     proxy, run = PROXIES[name], f"overopt-{name}-{seed}"
-    sides = {"": (proxy, "tasks"), "_held_out": (Proxy(rankings=400, noise=0.0, num_steps=0, batch_size=0), "held_out")}
+    sides = {"": (proxy, "tasks"), "_held_out": (HELD_OUT, "held_out")}
     paths = {side: start.folder / f"{run}{side}.jsonl" for side in sides}
     for number, (side, (own, tasks)) in enumerate(sides.items()):
         if not paths[side].is_file():
@@ -432,17 +434,18 @@ def _short(value: object) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxies", nargs="+", choices=PROXIES, default=list(PROXIES))
-    parser.add_argument("--kl", nargs="+", type=float, default=list(KL_COEFS), help="weights of the KL penalty")
+    parser.add_argument("--kl", nargs="+", type=float, help="weights of the KL penalty, in place of the proxies' own")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md, .csv and .png")
     options = parser.parse_args()
     start = make_start(options.runs_dir)
     points: list[Point] = []
-    for proxy, seed, kl_coef in product(options.proxies, options.seeds, options.kl):
-        own = reinforce(start, proxy, kl_coef, seed)
-        points += own
-        print(render(own).splitlines()[-1], flush=True)
+    for proxy, seed in product(options.proxies, options.seeds):
+        for kl_coef in options.kl or PROXIES[proxy].kl_coefs:
+            own = reinforce(start, proxy, kl_coef, seed)
+            points += own
+            print(render(own).splitlines()[-1], flush=True)
     print(render(points))
     if options.save:
         save(options.save, start, points)
