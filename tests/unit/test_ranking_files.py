@@ -197,3 +197,50 @@ def test_gold_needs_a_right_answer(tmp_path: Path):
     with pytest.raises(ValueError, match=r"gold.jsonl:2: a gold item needs two answers of different rank"):
         load_gold(store, write(tmp_path / "gold.jsonl", LIST, {**LIST, "ranks": [1, 1]}))
     store.close()
+
+
+def test_names_are_text_and_lead_to_no_other_file(tmp_path: Path):
+    home = tmp_path / "home"
+    home.mkdir()
+    store = PreferenceStore(home / "k.db", create=True)
+    hostile = "../../escaped"
+    store.add_item("p", ["a", "bb"], models=[hostile, "/etc/passwd"])
+    rank_with_judge(store, lambda _, texts: [len(text) for text in texts], name=hostile)
+    export_rankings(store, "listwise", home / "out.jsonl")
+    assert lines(home / "out.jsonl")[0]["annotator"] == f"judge:{hostile}"
+    store.close()
+    assert {path.name for path in home.iterdir()} == {"k.db", "out.jsonl"} and [*tmp_path.iterdir()] == [home]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/out.jsonl", "the folder .*missing does not exist"),
+        ("folder", "folder is a folder: name a file in it"),
+        ("people.db", "people.db belongs to the store itself"),
+        ("people.db-wal", "people.db-wal belongs to the store itself"),
+        ("folder/../people.db", "people.db belongs to the store itself"),
+        ("link.jsonl", "link.jsonl belongs to the store itself"),
+    ],
+)
+def test_an_export_goes_to_a_file_of_its_own(store: PreferenceStore, tmp_path: Path, name: str, message: str):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "people.db")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        export_rankings(store, "trl", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == before and not [*(tmp_path / "folder").iterdir()]
+    assert export_rankings(store, "trl", tmp_path / "out.jsonl").num_lines  # the store is whole
+
+
+def test_a_line_of_a_megabyte_is_kept_whole_and_a_broken_one_is_named_without_being_repeated(tmp_path: Path):
+    long = {**PAIR, "chosen": "\u00fc" * 1_000_000}
+    store = PreferenceStore(tmp_path / "k.db", create=True)
+    assert import_rankings(store, write(tmp_path / "long.jsonl", PAIR, long)).num_rankings == 2
+    export_rankings(store, "trl", tmp_path / "out.jsonl")
+    assert [row["chosen"] for row in lines(tmp_path / "out.jsonl")] == ["a", long["chosen"]]
+    (tmp_path / "bad.jsonl").write_text(json.dumps(PAIR) + '\n{"prompt": "' + "y" * 1_000_000)
+    with pytest.raises(ValueError, match=r"bad.jsonl:2") as caught:
+        import_rankings(store, str(tmp_path / "bad.jsonl"))
+    assert len(str(caught.value)) < 1000
+    store.close()
