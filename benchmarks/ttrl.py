@@ -9,8 +9,7 @@ their intervals are over questions, within one seed. What is compared between ar
 
     majority    TTRL                                    noisy and misled base
     shuffled    control: the majority answer of another prompt of the rollout counts as right
-    drawn       the answer of one completion of the group, drawn at random, counts as right
-    collapse    reward = "entropy" at ten times the learning rate, watched
+    collapse    reward = "entropy" at fifty times the learning rate, watched
     unwatched   the same without the early stop
 """
 
@@ -20,7 +19,6 @@ import argparse
 import csv
 import json
 import math
-import random
 import statistics
 import sys
 from collections.abc import Sequence
@@ -33,7 +31,7 @@ from strop.data import load_rows, tasks_from_rows
 from strop.evals.intervals import mean_interval
 from strop.evals.tasks import Sample, evaluate_tasks
 from strop.generation import Engine
-from strop.models import load_model, tokenizer_folder
+from strop.models import LoraConfig, load_model, tokenizer_folder
 from strop.optim import OptimizerConfig
 from strop.rewards.base import Reward
 from strop.rewards.math import MathReward
@@ -47,7 +45,7 @@ from strop.types import Completion, Task, Verdict
 
 VOTES = 32
 ARMS = {
-    "noisy": ("majority", "shuffled", "drawn", "collapse", "unwatched"),
+    "noisy": ("majority", "shuffled", "collapse", "unwatched"),
     "misled": ("majority",),
 }
 CURVES = (
@@ -70,23 +68,6 @@ class ShuffledVote(VoteReward):
         return _verdicts(tasks, keys, labels)
 
 
-class DrawnVote(VoteReward):
-    """Counts the answer of one completion, drawn at random from the group, as right.
-
-    No control: an answer is drawn as often as it is given, so that on average this rewards the majority too.
-    """
-
-    draw = random.Random(0)
-
-    def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
-        keys = [self.answer_key(completion) for completion in completions]
-        labels = {
-            name: self.draw.choice([key for key, task in zip(keys, tasks, strict=True) if task.id == name])
-            for name in dict.fromkeys(task.id for task in tasks)
-        }
-        return _verdicts(tasks, keys, labels)
-
-
 def _verdicts(tasks: Sequence[Task], keys: Sequence[str | None], labels: dict[str, str | None]) -> list[Verdict]:
     return [
         Verdict(score=float(key is not None and key == labels[task.id])) for task, key in zip(tasks, keys, strict=True)
@@ -94,20 +75,25 @@ def _verdicts(tasks: Sequence[Task], keys: Sequence[str | None], labels: dict[st
 
 
 def config(arm: str, seed: int, folder: Path) -> Config:
-    never = HeldOut(every=5, max_drop=1.0, min_answers=0.0)
     is_collapse = arm in ("collapse", "unwatched")
+    every = 5 if is_collapse else 10
     return Config(
         init_from="base",
         tasks=str(folder / "tasks.jsonl"),
-        num_steps=60,
+        num_steps=60 if is_collapse else 100,
         reward="entropy" if is_collapse else "majority",
         num_votes=16 if is_collapse else VOTES,
         group_size=16,
-        prompts_per_step=16,
+        prompts_per_step=16 if is_collapse else 64,
         sampling=Sampling(max_new_tokens=5),
-        held_out=HeldOut(every=5) if arm == "collapse" else never,
+        # The control is not stopped either: it must have every chance to learn.
+        held_out=HeldOut(every=every, max_drop=1.0, min_answers=0.0)
+        if arm in ("unwatched", "shuffled")
+        else HeldOut(every=every),
         kl_coef=0.0 if is_collapse else 0.001,
-        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 3e-3),
+        lora=LoraConfig(rank=16, alpha=32),
+        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 6e-4),
+        num_slots=256,
         save_every=10**6,
         samples_per_step=32,
         dtype="float32",
@@ -120,8 +106,7 @@ def run_arm(kind: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     if not is_finished(folder, "base"):
         make_base(kind, seed, folder)
     if not is_finished(folder, arm):
-        DrawnVote.draw = random.Random(seed)
-        reward: Reward | None = {"shuffled": ShuffledVote(), "drawn": DrawnVote()}.get(arm)
+        reward: Reward | None = ShuffledVote() if arm == "shuffled" else None
         ttrl.train(config(arm, seed, folder), name=arm, runs_dir=folder, resume=False, reward=reward)
     before, after = answers("base", folder), answers(arm, folder)
     stopped = [line for line in read_lines(folder / arm / "metrics.jsonl") if "result_of_step" in line]
