@@ -107,6 +107,10 @@ class MathReward:
         number = read_number(answer)
         return "".join(answer.split()) if number is None else f"{number.value}{'%' if number.is_percent else ''}"
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
 

@@ -90,6 +90,10 @@ class ReasoningGymReward:
             if found["floor"] >= 1.0:
                 raise ValueError(f"{task.id}: any text at all gets full marks from this dataset's scorer")
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
 

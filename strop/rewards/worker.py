@@ -77,6 +77,10 @@ class WorkerPool:
         # Also runs at interpreter exit and when the pool is garbage.
         self._finalizer = weakref.finalize(self, _close_all, self._workers, self._threads)
 
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
     def start(self) -> None:
         """Starts one worker now, so that a module that cannot be loaded shows at once. Raises RuntimeError."""
         worker = self._take()
