@@ -105,7 +105,7 @@ class JudgeReward:
 
     @property
     def num_parallel(self) -> int:
-        """A server is asked while others decode; a local judge computes in this process, where it would only compete."""
+        """A server is asked while others decode; a local judge computes in this process, where it would compete."""
         return self._num_parallel
 
     def close(self) -> None:
