@@ -16,7 +16,7 @@ class RewardConfig:
     """
 
     name: str
-    """math, code, metamath, reasoning_gym, model, judge, format, length, overlong, "package.module:function" or
+    """math, code, metamath, lean, reasoning_gym, model, judge, format, length, overlong, "package.module:function" or
     "path/file.py:function"."""
     weight: float = 1.0
     """Its factor in the sum."""

@@ -90,6 +90,7 @@ class Launcher:
         self._environment |= environment or {}
         source = Path(guest.__file__).read_text(encoding="utf-8") if source is None else source
         self._bwrap, self._filter, self._prefix = None, b"", ""
+        self._is_foreign = command is not None
         if command is not None:
             self._command = list(command)
         elif settings.backend == "wasm":
@@ -155,6 +156,9 @@ class Launcher:
             binds += ["--ro-bind", folder, folder]
         for folder in self._settings.writable:
             binds += ["--bind", folder, folder]
+        if self._is_foreign:
+            # There is no /proc, but some programs (lean) find their own folder there. They are process 1.
+            binds += ["--symlink", self._command[0], "/proc/1/exe", "--symlink", "1", "/proc/self"]
         return [
             *(self._bwrap, "--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"),
             *binds,
@@ -202,7 +206,7 @@ class Box:
             self.close()
             raise BoxError(f"a box did not start in {self._start_seconds:g} s") from None
         except (EndedError, MisbehavedError):
-            raise BoxError(f"a box ended while starting: {self._last_words()}") from None
+            raise BoxError(f"a box ended while starting: {self.last_words()}") from None
         if (message_id, payload) != (_UNSPOKEN, b"ready"):
             self.close()
             raise BoxError("a box did not start with its greeting")
@@ -334,7 +338,8 @@ class Box:
         with contextlib.suppress(ValueError, KeyError, ProcessLookupError):
             self._inner = os.pidfd_open(json.loads(data)["child-pid"])
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """Why it ended, as far as it said so; closes it."""
         assert self._process.stderr is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
