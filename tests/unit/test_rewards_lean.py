@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,7 +215,7 @@ def lean_place() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-def options(place: Path) -> dict[str, str]:
+def options(place: Path) -> dict[str, Any]:
     return {
         "project": str(place / "project"),
         "replay": str(place / "replays" / "replay"),

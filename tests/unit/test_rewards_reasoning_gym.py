@@ -163,8 +163,8 @@ def test_the_box_itself_holds_and_sees_nothing_but_the_packages(sandbox_works, t
 
     tmp_path.chmod(0o777)
     scorer = BoxedScorer(timeout=1.0, start_seconds=60.0, python=None)
-    source = BOX_ATTACK.format(flag=str(tmp_path / "x"), package=str(Path(reasoning_gym.__file__).parent))
-    path = [str(Path(reasoning_gym.__file__).parents[1])]
+    source = BOX_ATTACK.format(flag=str(tmp_path / "x"), package=str(Path(str(reasoning_gym.__file__)).parent))
+    path = [str(Path(str(reasoning_gym.__file__)).parents[1])]
     box = Launcher(scorer._settings, source=f"import sys; sys.path += {path!r}\n{source}").start()
     with pytest.raises(BoxError, match=r"ended while starting: done$"):
         box.wait_ready()  # it never says the greeting; its last words are what did not fail
