@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 from typing import Any
 
-from strop.rewards.reasoning_gym import check_dataset
+from strop.rewards.reasoning_gym import check_dataset, make_entries
 
 Row = dict[str, Any]
 
@@ -17,12 +17,11 @@ def reasoning_rows(names: list[str], *, size: int, seed: int) -> list[Row]:
     """`size` questions, dealt out evenly over the named datasets, decided by the seed.
 
     Columns: prompt, question, answer (the gold, which scores 1), dataset, seed, size and index, from which the reward
-    generates the question again. Raises ValueError for an unknown dataset, one that runs model text, and a seed or size
+    generates the question again. Raises ValueError for an unknown dataset, composite, and a seed or size
     that it refuses; ImportError when reasoning-gym is not installed.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ImportError("reasoning-gym's tasks need reasoning-gym: pip install 'strop[tasks]'")
-    import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     for name in names:
@@ -30,26 +29,18 @@ def reasoning_rows(names: list[str], *, size: int, seed: int) -> list[Row]:
             close = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"reasoning-gym has no dataset {name!r}{hint}")
-        check_dataset(name, "suite", unsafe_local=False)
+        check_dataset(name, "suite")
     if size < len(names):
         raise ValueError(f"{size} tasks are too few for {len(names)} datasets")
-    rows: list[Row] = []
+    sources: list[Row] = []
     for place, name in enumerate(names):
         own = (size + len(names) - 1 - place) // len(names)
-        dataset = reasoning_gym.create_dataset(name, seed=seed, size=own)
-        for index in range(own):
-            entry = dataset[index]
-            if entry["answer"] is None:
-                raise ValueError(f"reasoning-gym's {name!r} gives no gold answer, so that its scorer cannot be checked")
-            rows.append(
-                {
-                    "prompt": [{"role": "user", "content": f"{entry['question']}\n\n{INSTRUCTION}"}],
-                    "question": entry["question"],
-                    "answer": str(entry["answer"]),
-                    "dataset": name,
-                    "seed": seed,
-                    "size": own,
-                    "index": index,
-                }
-            )
+        sources += [{"dataset": name, "seed": seed, "size": own, "index": index} for index in range(own)]
+    rows: list[Row] = []
+    for source, entry in zip(sources, make_entries(sources), strict=True):
+        if entry["gold"] is None:
+            name = source["dataset"]
+            raise ValueError(f"reasoning-gym's {name!r} gives no gold answer, so that its scorer cannot be checked")
+        prompt = [{"role": "user", "content": f"{entry['question']}\n\n{INSTRUCTION}"}]
+        rows.append({"prompt": prompt, "question": entry["question"], "answer": entry["gold"], **source})
     return rows

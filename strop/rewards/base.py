@@ -59,6 +59,17 @@ class ReadsTokens(Protocol):
         ...
 
 
+@runtime_checkable
+class JudgesAlone(Protocol):
+    """A reward whose verdict depends on one task and one text alone, and that judges in other processes: it may be
+    asked about a completion while others are still being generated (overlap.Scoring)."""
+
+    @property
+    def num_parallel(self) -> int:
+        """How many threads can usefully ask at the same time; 0 = ask for the whole batch at the end."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredCompletion:
     """A completion's reward and where it came from.
@@ -97,18 +108,18 @@ class WeightedRewards:
             raise ValueError(f"max_infra_error_share must be between 0 and 1, got {max_infra_error_share}")
         self.names = tuple(names)
         self.first = parts[0][0]
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self._max_infra_error_share = max_infra_error_share
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:
         """Lets every part that can look at the tasks before training. Raises ValueError naming a task's id."""
-        for reward, _ in self._parts:
+        for reward, _ in self.parts:
             if isinstance(reward, ChecksTasks):
                 reward.check_tasks(tasks)
 
     def bind(self, tokenizer: Tokenizer, max_length: int) -> None:
         """Tells every part that reads tokens whose they are (ReadsTokens.bind)."""
-        for reward, _ in self._parts:
+        for reward, _ in self.parts:
             if isinstance(reward, ReadsTokens):
                 reward.bind(tokenizer, max_length)
 
@@ -122,11 +133,16 @@ class WeightedRewards:
             raise ValueError(f"{len(tasks)} tasks for {len(completions)} completions")
         if not tasks:
             return []
-        columns = [self._score_part(reward, tasks, completions) for reward, _ in self._parts]
+        return self.combine(tasks, [reward.score(tasks, completions) for reward, _ in self.parts])
+
+    def combine(self, tasks: Sequence[Task], columns: Sequence[Sequence[Verdict]]) -> list[ScoredCompletion]:
+        """As score, from the verdicts of each part on all tasks, in the order of the parts."""
+        for (reward, _), verdicts in zip(self.parts, columns, strict=True):
+            self._check(reward, tasks, verdicts)
         return [self._sum([column[i] for column in columns]) for i in range(len(tasks))]
 
     def close(self) -> None:
-        for reward, _ in self._parts:
+        for reward, _ in self.parts:
             reward.close()
 
     def __enter__(self) -> WeightedRewards:
@@ -135,8 +151,7 @@ class WeightedRewards:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _score_part(self, reward: Reward, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
-        verdicts = reward.score(tasks, completions)
+    def _check(self, reward: Reward, tasks: Sequence[Task], verdicts: Sequence[Verdict]) -> None:
         if len(verdicts) != len(tasks):
             raise ValueError(f"reward {reward.name!r} returned {len(verdicts)} verdicts for {len(tasks)} completions")
         errors = [verdict for verdict in verdicts if verdict.status == "infra_error" and verdict is not NO_VERDICT]
@@ -148,12 +163,11 @@ class WeightedRewards:
         for task, verdict in zip(tasks, verdicts, strict=True):
             if verdict.status != "infra_error" and not math.isfinite(verdict.score):
                 raise ValueError(f"reward {reward.name!r} gave {verdict.score} on task {task.id}")
-        return verdicts
 
     def _sum(self, row: Sequence[Verdict]) -> ScoredCompletion:
         parts: dict[str, Verdict] = {}
         total, is_valid = 0.0, True
-        for (reward, weight), verdict in zip(self._parts, row, strict=True):
+        for (reward, weight), verdict in zip(self.parts, row, strict=True):
             if verdict is NO_VERDICT:
                 continue
             parts[reward.name] = verdict

@@ -118,6 +118,10 @@ class CodeReward:
                 "remove the row, raise timeout or memory_mb, or set check_solutions = false"
             )
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
 

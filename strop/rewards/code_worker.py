@@ -8,10 +8,8 @@ can neither read what is expected, nor bring an object whose __eq__ says yes, no
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -27,7 +25,7 @@ from strop.rewards.sandbox.box import (
 )
 from strop.rewards.sandbox.canary import check_canary
 from strop.rewards.sandbox.guest import ID_BYTES, WireError, decode, encode
-from strop.rewards.serve import Handler, serve
+from strop.rewards.serve import Handler, end_with_parent, serve
 
 BOXES_AHEAD = 4
 MAX_OUTPUT_BYTES = 4 << 20
@@ -42,20 +40,13 @@ def main() -> None:
 def _make_handler() -> Handler:
     options = json.loads(sys.argv[1])
     timeout = options.pop("timeout")
-    threading.Thread(target=_end_with_the_run, args=(os.getppid(),), daemon=True).start()
+    end_with_parent()
     settings = BoxSettings(**options)
     if settings.backend != "local":
         check_canary(settings)
     judge = CodeJudge(BoxPool(Launcher(settings), size=BOXES_AHEAD), timeout=timeout)
     judge.pool.refill()
     return judge.judge
-
-
-def _end_with_the_run(parent: int) -> None:
-    """Ends this process, and its boxes with it, once the run is gone: it may be in the middle of a long verdict."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os._exit(1)
 
 
 class _TestsEndedError(Exception):

@@ -83,6 +83,7 @@ class JudgeReward:
                 concurrency=concurrency,
             )
         )
+        self._num_parallel = 0 if model else concurrency
         self._marks = _Marks(Path(cache) if cache else None)
 
     def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
@@ -101,6 +102,11 @@ class JudgeReward:
             else Verdict(score=self._marks[key] / MAX_MARK, detail=f"mark {self._marks[key]:.2f} of {MAX_MARK}")
             for key in keys
         ]
+
+    @property
+    def num_parallel(self) -> int:
+        """A server is asked while others decode; a local judge computes in this process, where it would compete."""
+        return self._num_parallel
 
     def close(self) -> None:
         self._judge.close()

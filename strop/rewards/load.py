@@ -12,6 +12,7 @@ from strop.rewards.code import CodeReward
 from strop.rewards.config import RewardConfig
 from strop.rewards.function import FunctionReward
 from strop.rewards.judge import JudgeReward
+from strop.rewards.lean import LeanReward
 from strop.rewards.math import MathReward
 from strop.rewards.metamath import MetamathReward
 from strop.rewards.model import ModelReward
@@ -24,6 +25,7 @@ _KINDS: dict[str, Callable[..., Reward]] = {
     "math": MathReward,
     "code": CodeReward,
     "metamath": MetamathReward,
+    "lean": LeanReward,
     "reasoning_gym": ReasoningGymReward,
     "format": FormatReward,
     "length": TargetLength,

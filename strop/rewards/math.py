@@ -104,6 +104,10 @@ class MathReward:
         """What a majority vote counts: the answer, numbers by their value (1/2 agrees with 0.50); None = unreadable."""
         return answer_key(completion.text, self._answer_pattern)
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
 

@@ -91,6 +91,10 @@ class MetamathReward:
         except RuntimeError as error:
             raise ValueError(f"reward {self.name!r}: {error}") from None
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
 

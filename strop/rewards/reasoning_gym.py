@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from strop.rewards.reasoning_gym_text import RUNS_MODEL_TEXT
 from strop.rewards.worker import Reply, WorkerPool
 from strop.types import Completion, Task, Verdict
 
 MAX_ANSWER_CHARS = 4000
+SECONDS_TO_MAKE = 60.0
+"""Of one question."""
 SOURCE_COLUMNS = ("dataset", "seed", "size", "index")
-
-RUNS_MODEL_TEXT = (
-    *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
-    *("simple_integration", "spiral_matrix", "string_insertion"),
-    "composite",
-)
-"""Datasets whose scorer gives the answer to eval() or to sympy.parse_expr(), which calls eval(); read in the source of
-0.1.25. composite can hold any of them."""
 
 
 class ReasoningGymReward:
@@ -29,10 +27,12 @@ class ReasoningGymReward:
     comes from the policy. With partial, 0 to 1: (score - floor) / (1 - floor), where the floor is what the scorer gives
     for an answer that is none: several datasets pay 0.01 or more for any text.
 
-    Nine datasets run the answer as Python code (RUNS_MODEL_TEXT). They are refused, unless unsafe_local is true: then
-    the worker still bounds time and memory, but what a model writes there can read and delete this user's files.
+    Nine datasets run the answer as Python code (RUNS_MODEL_TEXT). Theirs is scored in a box that cannot reach files,
+    network or processes, and only if it holds nothing but arithmetic, lists, and elementary functions, since code in
+    the scorer's own process could also change the score. Without a sandbox they are refused, unless unsafe_local is
+    true: then the worker still bounds time and memory, and the answer is still looked at first.
 
-    Status: ok, wrong, unparsed (no answer, or too long), timeout, killed, infra_error.
+    Status: ok, wrong, unparsed (no answer, too long, or not to be run), timeout, killed, infra_error.
     """
 
     def __init__(
@@ -42,15 +42,31 @@ class ReasoningGymReward:
         partial: bool = False,
         unsafe_local: bool = False,
         timeout: float = 2.0,
+        start_timeout: float = 60.0,
+        python: str | None = None,
         num_workers: int | None = None,
     ) -> None:
-        """timeout in seconds per answer. Raises ImportError when reasoning-gym is not installed."""
+        """timeout in seconds per answer. start_timeout is what a box may take to import reasoning-gym, python the
+        interpreter in it. Raises ImportError when reasoning-gym is not installed, ValueError for other options.
+        """
+        if not start_timeout > 0:
+            raise ValueError(f"reward {name!r}: start_timeout must be above 0 seconds, got {start_timeout}")
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ImportError("the reasoning_gym reward needs reasoning-gym: pip install 'strop[tasks]'")
         self.name = name
         self._partial = partial
         self._unsafe_local = unsafe_local
-        self._pool = WorkerPool("strop.rewards.reasoning_gym_worker", timeout=timeout, num_workers=num_workers)
+        self._pool = _pool(timeout, num_workers)
+        self._box_options = {"timeout": timeout, "start_seconds": start_timeout, "python": python}
+        self._num_workers = num_workers
+        self._boxes: WorkerPool | None = None
+        """For the datasets that run model text; None until the first of their tasks comes."""
+        self._lock = threading.Lock()
+        if unsafe_local:
+            warnings.warn(
+                "UNSAFE: unsafe_local = true gives a model's text to eval() in a process with your files and network",
+                stacklevel=2,
+            )
 
     def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
         """One verdict per pair tasks[i], completions[i]. Raises ValueError for a task of another source."""
@@ -65,7 +81,7 @@ class ReasoningGymReward:
             else:
                 verdicts.append(None)
                 requests.append(request | {"answer": answer})
-        replies = iter(self._pool.map(requests))
+        replies = iter(self._ask(requests))
         return [verdict or self._verdict(task, next(replies)) for task, verdict in zip(tasks, verdicts, strict=True)]
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:
@@ -73,7 +89,7 @@ class ReasoningGymReward:
         does not get full marks, or when any text does. RuntimeError when the worker itself fails.
         """
         requests = [self._request(task) | {"answer": None} for task in tasks]
-        for task, reply in zip(tasks, self._pool.map(requests), strict=True):
+        for task, reply in zip(tasks, self._ask(requests), strict=True):
             if reply.failure == "infra_error":
                 raise RuntimeError(f"reward {self.name!r}: {task.id}: {reply.detail}")
             if reply.failure is not None:
@@ -90,8 +106,47 @@ class ReasoningGymReward:
             if found["floor"] >= 1.0:
                 raise ValueError(f"{task.id}: any text at all gets full marks from this dataset's scorer")
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
+        if self._boxes is not None:
+            self._boxes.close()
+
+    def _ask(self, requests: Sequence[dict[str, Any]]) -> list[Reply]:
+        """Each where it may be scored. Raises ValueError when a box is needed and there is none."""
+        is_boxed = [request["dataset"] in RUNS_MODEL_TEXT and not self._unsafe_local for request in requests]
+        replies: dict[bool, Iterator[Reply]] = {}
+        for where in (False, True):
+            chosen = [request for request, boxed in zip(requests, is_boxed, strict=True) if boxed is where]
+            pool = self._box_pool(str(chosen[0]["dataset"])) if where and chosen else self._pool
+            replies[where] = iter([_reply_of_box(reply) if where else reply for reply in pool.map(chosen)])
+        return [next(replies[boxed]) for boxed in is_boxed]
+
+    def _box_pool(self, dataset: str) -> WorkerPool:
+        with self._lock:
+            if self._boxes is None:
+                seconds = self._box_options["timeout"], self._box_options["start_seconds"]
+                pool = WorkerPool(
+                    "strop.rewards.reasoning_gym_box",
+                    timeout=2 * sum(float(each or 0) for each in seconds),
+                    num_workers=self._num_workers,
+                    start_timeout=120.0 + float(self._box_options["start_seconds"] or 0),
+                    arguments=[json.dumps(self._box_options)],
+                )
+                try:
+                    pool.start()
+                except RuntimeError as error:
+                    pool.close()
+                    raise ValueError(
+                        f"the scorer of reasoning-gym's {dataset!r} runs the model's answer as Python code, and there "
+                        f"is no sandbox for it: {error}. Use another dataset, or write unsafe_local = true in the "
+                        "reward's options"
+                    ) from None
+                self._boxes = pool
+            return self._boxes
 
     def _request(self, task: Task) -> dict[str, Any]:
         missing = [column for column in SOURCE_COLUMNS if column not in task.columns]
@@ -101,7 +156,7 @@ class ReasoningGymReward:
                 f"{', '.join(missing)}. Make the tasks with: strop tasks reasoning_gym:NAME"
             )
         source = {column: task.columns[column] for column in SOURCE_COLUMNS}
-        check_dataset(str(source["dataset"]), task.id, unsafe_local=self._unsafe_local)
+        check_dataset(str(source["dataset"]), task.id)
         return source
 
     def _verdict(self, task: Task, reply: Reply) -> Verdict:
@@ -109,6 +164,8 @@ class ReasoningGymReward:
             detail = f"{task.id}: {reply.detail}" if reply.failure == "infra_error" else reply.detail
             return Verdict(score=0.0, status=reply.failure, detail=detail, milliseconds=reply.milliseconds)
         found: Mapping[str, Any] = reply.value
+        if "failure" in found:
+            return Verdict(score=0.0, status="unparsed", detail=found["detail"], milliseconds=reply.milliseconds)
         score, floor = found["score"], found["floor"]
         above = max(0.0, (score - floor) / (1.0 - floor)) if floor < 1.0 else 0.0
         is_right = above >= 1.0
@@ -121,13 +178,47 @@ class ReasoningGymReward:
         )
 
 
-def check_dataset(dataset: str, where: str, *, unsafe_local: bool) -> None:
-    """ValueError for a dataset whose scorer runs the answer, unless the user takes that on himself."""
-    if dataset in RUNS_MODEL_TEXT and not unsafe_local:
-        raise ValueError(
-            f"{where}: the scorer of reasoning-gym's {dataset!r} runs the model's answer as Python code, and there is "
-            "no sandbox for it: use another dataset, or write unsafe_local = true in the reward's options"
-        )
+def make_entries(sources: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The question and the gold (text or None) of each dataset, seed, size and index. Raises ValueError.
+
+    In a worker, since some datasets depend on the order of Python's sets, and so on PYTHONHASHSEED: made here they
+    would be other ones at every start.
+    """
+    pool = _pool(SECONDS_TO_MAKE, 1)
+    try:
+        found: list[dict[str, Any]] = []
+        for source, reply in zip(sources, pool.map(sources), strict=True):
+            if reply.failure is not None:
+                raise ValueError(f"reasoning-gym's {source['dataset']!r}, seed {source['seed']}: {reply.detail}")
+            found.append(reply.value)
+        return found
+    finally:
+        pool.close()
+
+
+def _pool(timeout: float, num_workers: int | None) -> WorkerPool:
+    return WorkerPool(
+        "strop.rewards.reasoning_gym_worker",
+        timeout=timeout,
+        num_workers=num_workers,
+        environment={"PYTHONHASHSEED": "0"},  # as in boxes
+    )
+
+
+def _reply_of_box(reply: Reply) -> Reply:
+    """A failure inside the box as the pool would have reported it."""
+    found = reply.value
+    if reply.failure is None and "failure" in found:
+        if found["failure"] == "unparsed":
+            return reply
+        return Reply(None, found["failure"], found["detail"], reply.milliseconds)
+    return reply
+
+
+def check_dataset(dataset: str, where: str) -> None:
+    """ValueError for composite, which can hold every other dataset and so escapes what is known of each."""
+    if dataset == "composite":
+        raise ValueError(f"{where}: reasoning-gym's 'composite' cannot be judged: name the datasets themselves")
 
 
 def answer_of(text: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from strop.rewards.reasoning_gym_text import why_not_run
 from strop.rewards.serve import Handler, last_line, serve
 
 MEMORY_BYTES = 2 << 30
@@ -20,7 +21,16 @@ def main() -> None:
 def _make_handler() -> Handler:
     import reasoning_gym  # noqa: F401  # before the fork: it takes seconds
 
-    return score
+    return answer_request
+
+
+def answer_request(request: dict[str, Any]) -> dict[str, Any]:
+    """A mark; the texts of an entry where there is no "answer" to mark."""
+    if "answer" in request:
+        return score(request)
+    _, entry = _entry(request["dataset"], request["seed"], request["size"], request["index"])
+    gold = entry["answer"]
+    return {"question": entry["question"], "gold": None if gold is None else str(gold)}
 
 
 def score(request: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +39,13 @@ def score(request: dict[str, Any]) -> dict[str, Any]:
     dataset, entry = _entry(*key)
     gold = entry["answer"]
     answer = gold if request["answer"] is None else request["answer"]
-    mark, error = (0.0, "there is no gold answer") if answer is None else _mark(dataset, entry, answer)
+    refusal = None if answer is None else why_not_run(request["dataset"], answer)
+    if answer is None:
+        mark, error = 0.0, "there is no gold answer"
+    elif refusal is not None:
+        mark, error = 0.0, refusal
+    else:
+        mark, error = _mark(dataset, entry, answer)
     return {"score": mark, "floor": _floor(*key), "error": error, "question": entry["question"], "gold": gold}
 
 

@@ -10,6 +10,8 @@ import json
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -98,6 +100,17 @@ def _write(fd: int, message: Any) -> None:
             data = data[os.write(fd, data) :]
     except BrokenPipeError:
         raise SystemExit(0) from None  # the parent is gone, and so is the reason to work
+
+
+def end_with_parent() -> None:
+    """From now on this process ends once the one that started it is gone, also in the middle of a long request."""
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
 
 
 def last_line(error: BaseException) -> str:

@@ -44,6 +44,10 @@ class FormatReward:
             verdicts.append(verdict)
         return verdicts
 
+    @property
+    def num_parallel(self) -> int:
+        return self._pool.num_workers
+
     def close(self) -> None:
         self._pool.close()
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,21 +61,27 @@ class WorkerPool:
         num_workers: int | None = None,
         arguments: Sequence[str] = (),
         start_timeout: float = 120.0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """timeout and start_timeout in seconds; num_workers defaults to the cores, at most 2."""
+        """timeout and start_timeout in seconds; num_workers defaults to the cores, at most 2. environment's variables
+        are set in the workers beside this process's own."""
         if num_workers is None:
             num_workers = min(2, os.cpu_count() or 1)
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-        self._workers = [_Worker(module, arguments, timeout, start_timeout) for _ in range(num_workers)]
+        self._workers = [_Worker(module, arguments, timeout, start_timeout, environment) for _ in range(num_workers)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix=module)
         # Also runs at interpreter exit and when the pool is garbage.
         self._finalizer = weakref.finalize(self, _close_all, self._workers, self._threads)
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
 
     def start(self) -> None:
         """Starts one worker now, so that a module that cannot be loaded shows at once. Raises RuntimeError."""
@@ -137,11 +143,19 @@ class _DiedError(Exception):
 class _Worker:
     """One process and, where it respawns, the child that answers for it. Used by one thread at a time."""
 
-    def __init__(self, module: str, arguments: Sequence[str], timeout: float, start_timeout: float) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        timeout: float,
+        start_timeout: float,
+        environment: Mapping[str, str] | None,
+    ) -> None:
         self._module = module
         self._arguments = tuple(arguments)
         self._timeout = timeout
         self._start_timeout = start_timeout
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._answering_pid: int | None = None
         """None while no child has said hello."""
@@ -210,7 +224,12 @@ class _Worker:
         command = [sys.executable, "-P", "-c", _BOOTSTRAP, self._module, json.dumps(sys.path), *self._arguments]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, bufsize=0
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                bufsize=0,
+                env={**os.environ, **self._environment} if self._environment else None,
             )
         except OSError as error:
             raise _CannotStartError(f"{self._module} could not be started: {error}") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from strop.generation import Engine
 from strop.rewards.base import ScoredCompletion, WeightedRewards
+from strop.rewards.overlap import JudgingTime, Scoring
 from strop.runs.seeds import derive_seed
 from strop.types import Completion, Request, SamplingParams, Task
 
@@ -39,16 +40,25 @@ def roll_out(
     group_size: int,
     sampling: SamplingParams,
     seed: int,
-) -> list[Group]:
-    """One group of group_size scored completions per task. The seed and the task's place alone decide the samples."""
+) -> tuple[list[Group], JudgingTime]:
+    """One group of group_size scored completions per task, and how long their verdicts were waited for.
+
+    The seed and the task's place alone decide the samples. A completion is judged as soon as it ends, while others are
+    still being generated.
+    """
     requests = [
         Request(prompt_ids=prompt, sampling=sampling, num_samples=group_size, seed=derive_seed(seed, index))
         for index, prompt in enumerate(prompts_P)
     ]
-    completions_PG = engine.generate(requests)
-    flat_tasks = [task for task in tasks_P for _ in range(group_size)]
-    flat_scores = reward.score(flat_tasks, [completion for group in completions_PG for completion in group])
-    return [
+    with Scoring(reward) as scoring:
+        completions_PG = engine.generate(
+            requests,
+            on_finished=lambda request, sample, completion: scoring.add(
+                request * group_size + sample, tasks_P[request], completion
+            ),
+        )
+        flat_scores = scoring.finish()
+    groups = [
         Group(
             task=task,
             prompt_ids=prompt,
@@ -57,3 +67,4 @@ def roll_out(
         )
         for index, (task, prompt, completions) in enumerate(zip(tasks_P, prompts_P, completions_PG, strict=True))
     ]
+    return groups, scoring.time

@@ -284,7 +284,7 @@ def one_step(
     started = time.perf_counter()
     assert actors.reward is not None
     chosen = [next(batches)[0] for _ in range(config.batch_size)]
-    comparisons, groups = sample_comparisons(
+    comparisons, groups, judging = sample_comparisons(
         actors.engine,
         actors.reward,
         chosen,
@@ -299,7 +299,7 @@ def one_step(
     metrics |= dpo_step(actors, comparisons, config, lr=lr) if has_pairs else {"num_comparisons": 0, "lr": lr}
     num_tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
     seconds = time.perf_counter() - started
-    metrics |= {
+    metrics |= judging.metrics(seconds) | {
         "num_tokens": num_tokens,
         "time/rollout_seconds": rollout_seconds,
         "time/step_seconds": seconds,

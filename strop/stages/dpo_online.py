@@ -9,6 +9,7 @@ from strop.data import Comparison
 from strop.data.comparisons import Answer
 from strop.generation import Engine
 from strop.rewards.base import WeightedRewards
+from strop.rewards.overlap import JudgingTime
 from strop.rollouts.groups import Group, roll_out
 from strop.stages.dpo_config import Config
 from strop.tokenizer import Tokenizer
@@ -24,12 +25,14 @@ def sample_comparisons(
     *,
     sampling: SamplingParams,
     seed: int,
-) -> tuple[list[Comparison], list[Group]]:
+) -> tuple[list[Comparison], list[Group], JudgingTime]:
     """The policy answers, the rewards rank; a prompt whose answers all tie makes no comparison."""
-    groups = roll_out(engine, reward, tasks, prompts, group_size=config.online.group_size, sampling=sampling, seed=seed)
+    groups, judging = roll_out(
+        engine, reward, tasks, prompts, group_size=config.online.group_size, sampling=sampling, seed=seed
+    )
     engine.release()
     found = [comparison for group in groups if (comparison := ranked(group, config)) is not None]
-    return found, groups
+    return found, groups, judging
 
 
 def ranked(group: Group, config: Config) -> Comparison | None:

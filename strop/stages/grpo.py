@@ -36,6 +36,7 @@ from strop.objectives.policy_gradient import (
 from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rewards.base import WeightedRewards
 from strop.rewards.load import load_rewards
+from strop.rewards.overlap import JudgingTime
 from strop.rollouts.averages import Averages, warn_of_engine_gap
 from strop.rollouts.batch import RolloutBatch, collate_rollouts, minibatch_rows
 from strop.rollouts.groups import Group, roll_out
@@ -78,13 +79,20 @@ def grpo_step(
 ) -> tuple[dict[str, float], list[Group], RolloutBatch]:
     """One rollout and its updates; step counts from 1. Returns metrics, the groups, and the batch for samples.jsonl."""
     started = time.perf_counter()
-    groups, sampled = sample_groups(actors, tasks, config, step)
-    metrics, batch = learn(actors, groups, sampled, config, step, started=started)
+    groups, sampled, judging = sample_groups(actors, tasks, config, step)
+    metrics, batch = learn(actors, groups, sampled, judging, config, step, started=started)
     return metrics, groups, batch
 
 
 def learn(
-    actors: Actors, groups: list[Group], sampled: list[Group], config: Config, step: int, *, started: float
+    actors: Actors,
+    groups: list[Group],
+    sampled: list[Group],
+    judging: JudgingTime,
+    config: Config,
+    step: int,
+    *,
+    started: float,
 ) -> tuple[dict[str, float], RolloutBatch]:
     """The updates of one rollout: `groups` of all that were `sampled` since `started` (time.perf_counter)."""
     rollout_ended = time.perf_counter()
@@ -112,7 +120,7 @@ def learn(
             norms.append(report.grad_norm)
     ended = time.perf_counter()
     num_tokens = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
-    metrics = rollout_metrics(sampled, actors.reward.names)
+    metrics = rollout_metrics(sampled, actors.reward.names) | judging.metrics(ended - started)
     metrics |= averages.result() | {
         "groups": len(groups),
         "grad_norm": sum(norms) / len(norms),
@@ -128,18 +136,21 @@ def learn(
     return metrics, batch
 
 
-def sample_groups(actors: Actors, tasks: TaskBatches, config: Config, step: int) -> tuple[list[Group], list[Group]]:
-    """prompts_per_step groups to train on, and all that were sampled for them.
+def sample_groups(
+    actors: Actors, tasks: TaskBatches, config: Config, step: int
+) -> tuple[list[Group], list[Group], JudgingTime]:
+    """prompts_per_step groups to train on, all that were sampled for them, and how long verdicts were waited for.
 
     Dynamic sampling replaces flat groups by new prompts, exactly as many as are missing, so that nothing is left over
     for the next step and a checkpoint between steps holds everything.
     """
     kept: list[Group] = []
     sampled: list[Group] = []
+    judging = JudgingTime()
     for sampling_round in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
         missing = config.prompts_per_step - len(kept)
         chosen = [next(tasks)[0] for _ in range(missing)]
-        groups = roll_out(
+        groups, judged_in = roll_out(
             actors.engine,
             actors.reward,
             chosen,
@@ -148,13 +159,14 @@ def sample_groups(actors: Actors, tasks: TaskBatches, config: Config, step: int)
             sampling=config.sampling.params(actors.tokenizer),
             seed=derive_seed(config.seed, "rollout", step, sampling_round),
         )
+        judging += judged_in
         sampled += groups
         kept += [group for group in groups if not (config.dynamic_sampling and group.is_flat)]
         if len(kept) == config.prompts_per_step:
             break
     actors.engine.release()
     # Where all were flat the step has no update, but samples to show.
-    return (kept or sampled[: config.prompts_per_step]), sampled
+    return (kept or sampled[: config.prompts_per_step]), sampled, judging
 
 
 def make_batch(actors: Actors, groups: Sequence[Group], config: Config) -> tuple[RolloutBatch, list[bool]]:

@@ -101,7 +101,7 @@ def ppo_step(
     """One rollout and its updates; step counts from 1. Returns metrics, the groups, and the batch for samples.jsonl."""
     started = time.perf_counter()
     chosen = [next(position.tasks)[0] for _ in range(config.prompts_per_step)]
-    groups = roll_out(
+    groups, judging = roll_out(
         actors.engine,
         actors.reward,
         chosen,
@@ -121,7 +121,7 @@ def ppo_step(
     rollout = rollout_metrics(groups, actors.reward.names)
     # Groups are no baseline here, and a group of one is always flat.
     metrics |= {name: value for name, value in rollout.items() if not name.startswith("groups_")}
-    metrics |= {
+    metrics |= judging.metrics(ended - started) | {
         "lr": config.optimizer.lr_at(step - 1, config.num_steps),
         "num_tokens": num_tokens,
         "time/step_seconds": ended - started,

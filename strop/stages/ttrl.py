@@ -48,7 +48,7 @@ def ttrl_step(
     """One vote and its updates; step counts from 1. Returns metrics, the groups trained on, and their batch."""
     started = time.perf_counter()
     chosen = [next(tasks)[0] for _ in range(config.prompts_per_step)]
-    voted = roll_out(
+    voted, judging = roll_out(
         actors.engine,
         actors.reward,
         chosen,
@@ -64,7 +64,7 @@ def ttrl_step(
         dataclasses.replace(group, completions=group.completions[:size], scores=group.scores[:size]) for group in voted
     ]
     votes = votes_of([group.completions for group in voted], config.answer_pattern)
-    metrics, batch = grpo.learn(actors, groups, voted, config.as_grpo(), step, started=started)
+    metrics, batch = grpo.learn(actors, groups, voted, judging, config.as_grpo(), step, started=started)
     metrics |= {"majority_share": sum(vote.share for vote in votes) / len(votes)} | labels.votes(voted)
     return metrics, groups, batch
 

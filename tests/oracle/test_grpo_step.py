@@ -226,7 +226,7 @@ def test_the_sequence_ratio_is_what_sequence_clip_logs(tiny_folder: Path) -> Non
 def test_dual_clip_bounds_what_became_likely_by_accident(tiny_folder: Path) -> None:
     """Every token e^2 times likelier than it was: bad ones weigh 3 instead of e^2, good ones are clipped at 1.2."""
     run = setup(tiny_folder, dual_clip=3.0)
-    groups, _ = sample_groups(run.actors, run.tasks, run.config, 1)
+    groups, _, _ = sample_groups(run.actors, run.tasks, run.config, 1)
     batch, _ = make_batch(run.actors, groups, run.config)
     assert batch.advantages_BT is not None
     logprobs_BT = frozen_logprobs(run.actors.policy, batch, temperature=1.0, max_tokens=1000)
@@ -457,7 +457,7 @@ def test_importance_correction_bounds_tokens_that_the_trainer_would_not_sample(
     )
 
     fresh = setup(tiny_folder, importance_correction=correction)
-    groups, _ = sample_groups(fresh.actors, fresh.tasks, fresh.config, 1)
+    groups, _, _ = sample_groups(fresh.actors, fresh.tasks, fresh.config, 1)
     batch, _ = make_batch(fresh.actors, groups, fresh.config)
     lying = batch.replace(sampling_logprobs_BT=batch.sampling_logprobs_BT - 3.0)
     averages = Averages()

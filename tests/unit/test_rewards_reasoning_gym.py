@@ -8,9 +8,13 @@ import pytest
 
 from strop.data.tasks import tasks_from_rows
 from strop.evals.suites import load_suite
-from strop.rewards.reasoning_gym import RUNS_MODEL_TEXT, ReasoningGymReward, answer_of
+from strop.rewards.reasoning_gym import ReasoningGymReward, answer_of
+from strop.rewards.reasoning_gym_box import BoxedScorer
+from strop.rewards.reasoning_gym_text import RUNS_MODEL_TEXT, why_not_run
+from strop.rewards.sandbox.box import BoxError, Launcher
 from strop.types import Completion, Task
 
+SOURCE = ("seed", "size", "index")
 NAMES = "chain_sum+leg_counting+spell_backward+gsm_symbolic+fraction_simplification+prime_factorization"
 
 
@@ -58,29 +62,165 @@ def test_the_suite_is_decided_by_its_seed():
     assert list(first.rows) != list(other.rows)
 
 
-def test_datasets_that_run_the_answer_as_code_are_refused(tmp_path: Path):
-    assert len(RUNS_MODEL_TEXT) == 10
-    for name in RUNS_MODEL_TEXT:
-        with pytest.raises(ValueError, match="Python code"):
-            load_suite(f"reasoning_gym:{name}")
-    countdown = Task(id="t:1", prompt="?", columns={"dataset": "countdown", "seed": 0, "size": 5, "index": 0})
-    reward = ReasoningGymReward(num_workers=1)
+@pytest.fixture(scope="module")
+def evaluated_tasks(sandbox_works) -> list[Task]:
+    """Two tasks of each dataset whose scorer runs the answer."""
+    return tasks_from_rows(load_suite(f"reasoning_gym:{'+'.join(RUNS_MODEL_TEXT)}", size=18, seed=3).rows)
+
+
+def test_golds_of_the_datasets_that_run_the_answer_score_one_in_their_box(reward, evaluated_tasks):
+    assert len(RUNS_MODEL_TEXT) == 9
+    reward.check_tasks(evaluated_tasks)
+    verdicts = reward.score(evaluated_tasks, [completion(task.columns["answer"]) for task in evaluated_tasks])
+    assert [(verdict.score, verdict.status) for verdict in verdicts] == [(1.0, "ok")] * len(evaluated_tasks)
+
+
+def hostile(flag: Path) -> list[str]:
+    touch = f"__import__('os').system('touch {flag}')"
+    patch = "__import__('reasoning_gym').games.countdown.CountdownDataset.__dict__"
+    return [
+        touch,
+        f"[{touch}]",
+        f"0 if {touch} else 0",
+        f"(lambda: {touch})()",
+        f"[{touch} for _ in [1]]",
+        f"open('{flag}', 'w').write('x')",
+        f"exec('open({str(flag)!r}, \\'w\\')')",
+        f"f\"{{open('{flag}', 'w')}}\"",
+        "().__class__.__base__.__subclasses__()",
+        f"setattr({patch}, 'score_answer', lambda *a, **k: 1.0)",
+        "[0 for entry['answer'] in ['zzz']]",
+        "__import__('sys').exit(0)",
+        "__import__('os')._exit(0)",
+        "globals().update(float=lambda x: 24, int=lambda x: 24)",
+        "N('__import__(\"os\").getcwd()')",
+        "sympify('1')",
+        "symbols",
+        "9**9**9**9",
+        "9**(9**9)",
+        "9**99999999",
+        "(" * 1000 + "1" + ")" * 1000,
+        "[" * 90 + "]" * 90,
+        "1+" * 1500 + "1",
+        "x" * 3000,
+        "\x00",
+        "lambda: 1",
+        "{1: 2}",
+        "yield",
+        "factorial(99999999)",
+        "x.free_symbols",
+    ]
+
+
+def test_hostile_answers_score_nothing_and_do_nothing(reward, evaluated_tasks, tmp_path: Path):
+    tmp_path.chmod(0o777)
     flag = tmp_path / "executed"
-    code = f"__import__('os').system('touch {flag}')"
-    for call in (lambda: reward.check_tasks([countdown]), lambda: reward.score([countdown], [completion(code)])):
-        with pytest.raises(ValueError, match=r"t:1: .*unsafe_local"):
-            call()
+    for text in hostile(flag):
+        chosen = evaluated_tasks[::2]
+        verdicts = reward.score(chosen, [completion(text)] * len(chosen))
+        for task, verdict in zip(chosen, verdicts, strict=True):
+            assert verdict.score == 0.0, (text[:60], task.columns["dataset"], verdict)
+            assert verdict.status in ("unparsed", "wrong", "timeout"), (text[:60], task.columns["dataset"], verdict)
+    assert not flag.exists()
+    reward.check_tasks(evaluated_tasks)  # and the scorers are what they were
+
+
+def test_an_answer_that_does_not_end_is_killed_with_its_box_and_the_next_is_judged(evaluated_tasks):
+    countdown = next(task for task in evaluated_tasks if task.columns["dataset"] == "countdown")
+    reward = ReasoningGymReward(num_workers=1, timeout=1.0)
+    texts = ["((((9**999)**999)**999)**999)**999", countdown.columns["answer"]]
+    verdicts = reward.score([countdown] * 2, [completion(text) for text in texts])
+    reward.close()
+    assert verdicts[0].score == 0.0 and verdicts[0].status in ("timeout", "killed")
+    assert (verdicts[1].score, verdicts[1].status) == (1.0, "ok")
+
+
+BOX_ATTACK = """
+import os, sys
+def attempt(name, attack):
+    try:
+        attack()
+    except BaseException as error:
+        return
+    print(name, file=sys.stderr, flush=True)
+def connect():
+    import socket
+    socket.create_connection(("127.0.0.1", 1), 1)
+attempt("read", lambda: open("/etc/passwd").read())
+attempt("home", lambda: os.listdir("/root"))
+attempt("fork", os.fork)
+attempt("socket", connect)
+attempt("write", lambda: open({flag!r}, "w"))
+attempt("package", lambda: open({package!r} + "/x", "w"))
+assert "PATH" not in os.environ and len(os.environ) < 6, os.environ
+import reasoning_gym
+print("done", file=sys.stderr, flush=True)
+"""
+
+
+def test_the_box_itself_holds_and_sees_nothing_but_the_packages(sandbox_works, tmp_path: Path):
+    import reasoning_gym
+
+    tmp_path.chmod(0o777)
+    scorer = BoxedScorer(timeout=1.0, start_seconds=60.0, python=None)
+    source = BOX_ATTACK.format(flag=str(tmp_path / "x"), package=str(Path(str(reasoning_gym.__file__)).parent))
+    path = [str(Path(str(reasoning_gym.__file__)).parents[1])]
+    box = Launcher(scorer._settings, source=f"import sys; sys.path += {path!r}\n{source}").start()
+    with pytest.raises(BoxError, match=r"ended while starting: done$"):
+        box.wait_ready()  # it never says the greeting; its last words are what did not fail
+    assert not (tmp_path / "x").exists()
+    scorer.close()
+
+
+def test_without_a_sandbox_they_are_refused(evaluated_tasks, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reward = ReasoningGymReward(num_workers=1)
+    for call in (reward.check_tasks, lambda tasks: reward.score(tasks, [completion("1")] * len(tasks))):
+        with pytest.raises(ValueError, match=r"no sandbox.*bubblewrap.*unsafe_local"):
+            call(evaluated_tasks[:1])
+    reward.close()
+
+
+def test_composite_is_refused(reward):
+    with pytest.raises(ValueError, match="composite"):
+        load_suite("reasoning_gym:composite")
+    with pytest.raises(ValueError, match=r"t:1: .*composite"):
+        reward.check_tasks([Task(id="t:1", prompt="?", columns={"dataset": "composite", **dict.fromkeys(SOURCE, 0)})])
+
+
+def test_unsafe_local_warns_judges_and_still_looks_at_the_answer_first(evaluated_tasks, tmp_path: Path):
+    with pytest.warns(UserWarning, match="UNSAFE"):
+        reward = ReasoningGymReward(num_workers=1, timeout=1.0, unsafe_local=True)
+    countdown = next(task for task in evaluated_tasks if task.columns["dataset"] == "countdown")
+    reward.check_tasks([countdown])
+    flag = tmp_path / "executed"
+    texts = ["9**9**9**9", "zzz", f"__import__('os').system('touch {flag}')", "((((9**999)**999)**999)**999)**999"]
+    verdicts = reward.score([countdown] * 4, [completion(text) for text in texts])
+    assert [(verdict.score, verdict.status) for verdict in verdicts[:3]] == [(0.0, "wrong")] * 3
+    assert verdicts[3].score == 0.0 and verdicts[3].status in ("timeout", "killed")
     assert not flag.exists()
     reward.close()
 
 
-def test_with_unsafe_local_a_power_tower_is_killed_and_the_next_answer_judged():
-    countdown = Task(id="t:1", prompt="?", columns={"dataset": "countdown", "seed": 0, "size": 5, "index": 0})
-    reward = ReasoningGymReward(num_workers=1, timeout=1.0, unsafe_local=True)
-    reward.check_tasks([countdown])
-    verdicts = reward.score([countdown] * 2, [completion("9**9**9**9"), completion("zzz")])
-    assert [(verdict.score, verdict.status) for verdict in verdicts] == [(0.0, "timeout"), (0.0, "wrong")]
-    reward.close()
+@pytest.mark.parametrize(
+    ("dataset", "answer"),
+    [
+        ("countdown", "9 + 3*(8 - 2)/4"),
+        ("puzzle24", "(3 * 8)*1"),
+        ("simple_integration", "-3*x**4/4 + 2*x + C"),
+        ("intermediate_integration", "exp(2*x)*sin(3*x)/13 - log(x)**2 + C"),
+        ("polynomial_multiplication", "-x**12*y + 4*x - 60"),
+        ("binary_matrix", "0 1 1\n1 0 2"),
+        ("binary_matrix", "[[0, 1], [1, 0]]"),
+        ("n_queens", "_ _ Q _\nQ _ _ _"),
+        ("string_insertion", "['A', 'B']"),
+        ("string_insertion", "ABCDEAACBDBE"),
+        ("spiral_matrix", "3 1 0 2"),
+        ("chain_sum", "anything(at).all"),
+    ],
+)
+def test_what_people_write_may_be_scored(dataset, answer):
+    assert why_not_run(dataset, answer) is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -62,16 +63,37 @@ class BoxSettings:
     """What a box may take to get ready before it counts as broken."""
     backend: Literal["bubblewrap", "wasm", "local"] = "bubblewrap"
     """local is no box at all: only the limits, and this user's files, network and processes in reach."""
+    read_only: tuple[str, ...] = ()
+    """Folders that bubblewrap's boxes see, beside the system's and the interpreter's: packages, say."""
+    writable: tuple[str, ...] = ()
+    """Folders that they may write to."""
+    file_mb: int = TMP_BYTES >> 20
+    """Largest file that can be written."""
 
 
 class Launcher:
     """Starts boxes. Raises BoxError where none can be started."""
 
-    def __init__(self, settings: BoxSettings) -> None:
+    def __init__(
+        self,
+        settings: BoxSettings,
+        *,
+        source: str | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """source is the Python program that runs in the box and speaks guest's frames; None is guest itself. command is
+        another program altogether, with variables of its own."""
         self._settings = settings
-        source = Path(guest.__file__).read_text(encoding="utf-8")
+        # One thread: numpy would reserve memory for as many as there are cores.
+        self._environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        self._environment |= environment or {}
+        source = Path(guest.__file__).read_text(encoding="utf-8") if source is None else source
         self._bwrap, self._filter, self._prefix = None, b"", ""
-        if settings.backend == "wasm":
+        self._is_foreign = command is not None
+        if command is not None:
+            self._command = list(command)
+        elif settings.backend == "wasm":
             self._command = wasm_command(source, settings.memory_mb << 20)
         else:
             python, self._prefix = find_python(settings.python)
@@ -101,11 +123,11 @@ class Launcher:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 # Not bwrap's --clearenv: its own first process would keep ours, for everybody in the box to read.
-                env={"PYTHONHASHSEED": "0"},
+                env=self._environment,
                 cwd="/",
                 pass_fds=(read_filter, write_info) if self._bwrap else (),
                 start_new_session=True,
-                preexec_fn=functools.partial(_limit, settings.cpu_seconds, memory_bytes),
+                preexec_fn=functools.partial(_limit, settings.cpu_seconds, memory_bytes, settings.file_mb << 20),
                 user=NOBODY if is_root else None,
                 group=NOBODY if is_root else None,
                 extra_groups=[] if is_root else None,
@@ -126,22 +148,31 @@ class Launcher:
                 binds += ["--symlink", os.readlink(name), name]
             elif os.path.isdir(name):
                 binds += ["--ro-bind", name, name]
-        if not Path(self._prefix).is_relative_to("/usr"):
+        if self._prefix and not Path(self._prefix).is_relative_to("/usr"):
             binds += ["--ro-bind", self._prefix, self._prefix]
+        # Before the folders below: one of them may lie under /tmp.
+        binds += ["--size", str(TMP_BYTES), "--tmpfs", "/tmp"]
+        for folder in self._settings.read_only:
+            binds += ["--ro-bind", folder, folder]
+        for folder in self._settings.writable:
+            binds += ["--bind", folder, folder]
+        if self._is_foreign:
+            # There is no /proc, but some programs (lean) find their own folder there. They are process 1.
+            binds += ["--symlink", self._command[0], "/proc/1/exe", "--symlink", "1", "/proc/self"]
         return [
             *(self._bwrap, "--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"),
             *binds,
             *("--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"),
-            *("--size", str(TMP_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"),
+            *("--chdir", "/tmp", "--remount-ro", "/"),
             *("--seccomp", str(filter_fd), "--info-fd", str(info_fd)),
         ]
 
 
-def _limit(cpu_seconds: int, memory_bytes: int | None) -> None:
+def _limit(cpu_seconds: int, memory_bytes: int | None, file_bytes: int) -> None:
     for which, value in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, TMP_BYTES),
+        (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -175,7 +206,7 @@ class Box:
             self.close()
             raise BoxError(f"a box did not start in {self._start_seconds:g} s") from None
         except (EndedError, MisbehavedError):
-            raise BoxError(f"a box ended while starting: {self._last_words()}") from None
+            raise BoxError(f"a box ended while starting: {self.last_words()}") from None
         if (message_id, payload) != (_UNSPOKEN, b"ready"):
             self.close()
             raise BoxError("a box did not start with its greeting")
@@ -183,7 +214,11 @@ class Box:
 
     def send(self, message_id: bytes, payload: bytes, deadline: float, *, then_close: bytes | None = None) -> None:
         """One message; with then_close these raw bytes follow and the pipe is closed. Raises EndedError."""
-        data = memoryview(guest.frame(message_id, payload) + (then_close or b""))
+        self.write(guest.frame(message_id, payload) + (then_close or b""), deadline, then_close=then_close is not None)
+
+    def write(self, raw: bytes, deadline: float, *, then_close: bool = False) -> None:
+        """Bytes as they are. Raises EndedError, unless the pipe is to be closed anyway."""
+        data = memoryview(raw)
         poll = select.poll()
         poll.register(self._in, select.POLLOUT)
         try:
@@ -193,9 +228,9 @@ class Box:
                 with contextlib.suppress(BlockingIOError):
                     data = data[os.write(self._in, data) :]
         except BrokenPipeError:
-            if then_close is None:  # a program need not read its input
+            if not then_close:  # a program need not read its input
                 raise EndedError from None
-        if then_close is not None:
+        if then_close:
             assert self._process.stdin is not None
             self._process.stdin.close()
 
@@ -212,6 +247,15 @@ class Box:
         header, payload = self._pending[: guest.HEADER_BYTES], self._pending[guest.HEADER_BYTES : end]
         self._pending = self._pending[end:]
         return header[4:], payload
+
+    def read_until(self, end: bytes, deadline: float, limit: int) -> bytes:
+        """What comes before these bytes, which are dropped. MisbehavedError beyond limit bytes."""
+        while end not in self._pending:
+            if len(self._pending) > limit:
+                raise MisbehavedError(f"more than {limit} bytes without an end")
+            self._pending += self._read_chunk(deadline)
+        found, _, self._pending = self._pending.partition(end)
+        return found
 
     def read_all(self, deadline: float, limit: int) -> bytes:
         """What the process writes until it ends. MisbehavedError beyond limit bytes."""
@@ -294,7 +338,8 @@ class Box:
         with contextlib.suppress(ValueError, KeyError, ProcessLookupError):
             self._inner = os.pidfd_open(json.loads(data)["child-pid"])
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """Why it ended, as far as it said so; closes it."""
         assert self._process.stderr is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)

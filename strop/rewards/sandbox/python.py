@@ -32,7 +32,7 @@ def find_python(wanted: str | None) -> tuple[str, str]:
     """
     if wanted is None:
         own = os.path.realpath(sys.executable)
-        if os.geteuid() != 0 or _is_open_to_all(own):
+        if os.geteuid() != 0 or is_open_to_all(own):
             return own, sys.base_prefix
         wanted = shutil.which("python3", path="/usr/bin:/usr/local/bin")
         if wanted is None:
@@ -50,5 +50,6 @@ def find_python(wanted: str | None) -> tuple[str, str]:
     return os.path.realpath(wanted), done.stdout.strip()
 
 
-def _is_open_to_all(path: str) -> bool:
+def is_open_to_all(path: str) -> bool:
+    """Whether nobody, as whom boxes run where we are root, gets to it."""
     return all(place.stat().st_mode & stat.S_IXOTH for place in (Path(path), *Path(path).parents))
