@@ -30,6 +30,7 @@ use (weights are frozen; their hash is printed before and after)
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
   tasks    NAME                 tasks of a suite (HumanEval, Metamath, reasoning-gym, math) as a file for a recipe
 
+  export   RUN[/STEP]|FOLDER --to gguf|hf PATH    a GGUF file for llama.cpp, or a merged Hugging Face folder
   serve    RUN[/STEP]|FOLDER ...  OpenAI-compatible server of one or several checkpoints, with a page to chat with them
 
 people
@@ -61,6 +62,7 @@ COMMANDS = {
     "generate": "generate",
     "chat": "chat",
     "serve": "serve",
+    "export": "export",
     "rank": "rank",
     "tasks": "tasks",
     "runs": "runs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,33 +55,23 @@ def get(arguments: Get) -> int:
 
 
 def merge(arguments: Merge) -> int:
-    import tempfile
-
-    from torch import nn
-
-    from strop.models import load_model, save_model, tokenizer_folder
+    from strop.export import check_target, new_target, write_folder
+    from strop.models import load_model, tokenizer_folder
     from strop.models.adapters import is_adapter
     from strop.models.precision import DTYPES
     from strop.runs import resolve
     from strop.tokenizer import Tokenizer
 
     target = arguments.folder
-    if target.exists():
-        raise ValueError(f"{target} exists already; remove it or name another folder")
+    check_target(target)
     source = resolve(arguments.adapter, arguments.runs_dir).path
     if not is_adapter(source):
         raise ValueError(f"{source} is a whole model, not an adapter: there is nothing to merge")
-    dtype = DTYPES.get(arguments.dtype)
     model = load_model(source, dtype=None, base=arguments.base, frozen=True)
-    has_tokenizer = (source / "tokenizer_config.json").is_file()
-    tokenizer = Tokenizer.load(source if has_tokenizer else arguments.base or tokenizer_folder(source))
-    if dtype is not None:
-        assert isinstance(model, nn.Module)
-        model.to(dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as work:
-        save_model(model, Path(work) / "folder")
-        tokenizer.save(Path(work) / "folder")
-        (Path(work) / "folder").rename(target)
+    tokenizer = Tokenizer.load(tokenizer_folder(source, base=arguments.base))
+    with new_target(target) as partial:
+        notes = write_folder(model, tokenizer, partial, dtype=DTYPES.get(arguments.dtype))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"{target}  (talk to it: strop chat {target})")
     return 0

@@ -76,11 +76,14 @@ def base_folder(folder: str | Path) -> Path:
     )
 
 
-def tokenizer_folder(folder: str | Path) -> Path:
-    """Where the tokenizer lies that a model or adapter folder is used with: its own, else the base's."""
+def tokenizer_folder(folder: str | Path, *, base: Path | None = None) -> Path:
+    """Where the tokenizer lies that a model or adapter folder is used with: its own, else the base's.
+
+    base: the base model's folder, where the adapter itself does not name it.
+    """
     folder = Path(folder)
     has_own = (folder / "tokenizer_config.json").is_file()
-    return folder if has_own or not is_adapter(folder) else base_folder(folder)
+    return folder if has_own or not is_adapter(folder) else base or base_folder(folder)
 
 
 def tensors_hash(folder: Path) -> str:

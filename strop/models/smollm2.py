@@ -160,4 +160,19 @@ def _half_split(weight: Tensor, head_dim: int) -> Tensor:
 def _write_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    split_digits_first(tokenizer.backend_tokenizer)
+    tokenizer.save_pretrained(folder)
+
+
+def split_digits_first(tokenizer: Any) -> None:  # a tokenizers.Tokenizer
+    """Give it SmolLM's splitting: every digit alone, the text between them as GPT-2 does it.
+
+    transformers reads a GGUF file's merges but not its `tokenizer.ggml.pre`, and splits as GPT-2 throughout. That gives
+    other ids where several spaces or newlines stand before a digit: GPT-2 keeps the last of them for what follows.
+    """
+    from tokenizers import pre_tokenizers
+
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )

@@ -182,17 +182,20 @@ void weighted_sum(const float* weights, int64_t weights_stride, const bf16* valu
     const __m512i odd_half = _mm512_set1_epi32(0xffff0000);
     for (int64_t h = 0; h < width; h += 32) {
         __m512 even[HEADS], odd[HEADS];
+#pragma GCC unroll 4
         for (int g = 0; g < HEADS; g++) even[g] = odd[g] = _mm512_setzero_ps();
         for (int64_t t = 0; t < length; t++) {
             const __m512i both = _mm512_loadu_si512(values + t * width + h);
             const __m512 value_even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
             const __m512 value_odd = _mm512_castsi512_ps(_mm512_and_si512(both, odd_half));
+#pragma GCC unroll 4
             for (int g = 0; g < HEADS; g++) {
                 const __m512 weight = _mm512_set1_ps(weights[g * weights_stride + t]);
                 even[g] = _mm512_fmadd_ps(weight, value_even, even[g]);
                 odd[g] = _mm512_fmadd_ps(weight, value_odd, odd[g]);
             }
         }
+#pragma GCC unroll 4
         for (int g = 0; g < HEADS; g++) {
             const __m512 inverse = _mm512_set1_ps(inverse_totals[g]);
             const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even[g], inverse)));
@@ -293,6 +296,12 @@ void strop_decode_step(const Shape* shape, const Layer* layers, const bf16* fina
             bf16* own_values = values + l * layer_stride + item * capacity * H;
             std::memcpy(own_keys + lengths[s] * H, key, H * sizeof(bf16));
             std::memcpy(own_values + lengths[s] * H, value, H * sizeof(bf16));
+            // The values of this head and the keys of the next come from memory while products are computed.
+            const auto fetch = [&](const bf16* begin, int64_t count) {
+                for (int64_t i = 0; i < count * H; i += 32) _mm_prefetch((const char*)(begin + i), _MM_HINT_T1);
+            };
+            fetch(own_values, length);
+            if (item + 1 < S * K) fetch(keys + l * layer_stride + (item + 1) * capacity * H, lengths[(item + 1) / K] + 1);
             float* own_scores = scores.data() + omp_get_thread_num() * heads_per_kv * scores_stride;
             for (int64_t g = 0; g < heads_per_kv;) {
                 const int64_t together = std::min<int64_t>(4, heads_per_kv - g);

@@ -30,6 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "environments": {"types"},
     "rollouts": {"types", "generation", "rewards", "environments", "tokenizer", "models", "runs"},
     "evals": BELOW_EVALS,
+    # Model and tokenizer in one file, opened again by another runtime: neither of the two rooms may know the other.
+    "export": {"types", "models", "tokenizer", "generation", "runs"},
     "stages": BELOW_EVALS | {"evals"},
     "serving": BELOW_EVALS | {"evals", "ranking"},  # one guard for both pages; its button writes to a store
     "ranking": BELOW_EVALS | {"evals"},

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -236,3 +237,11 @@ def test_gguf_rotary_order_is_undone() -> None:
     stored = torch.cat([head.unflatten(0, (2, 4)).transpose(0, 1).flatten(0, 1) for head in rows.split(8)])
     assert stored[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     assert torch.equal(smollm2._half_split(stored, 8), rows)
+
+
+def test_smollm2_splits_digits_before_the_spaces_in_front_of_them() -> None:
+    """SmolLM's own rules, as in its published tokenizer.json and as llama.cpp reads the same file."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    smollm2.split_digits_first(tokenizer)
+    splits = [text for text, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a\n\n12.  3 b  c")]
+    assert splits == ["a", "ĊĊ", "1", "2", ".", "ĠĠ", "3", "Ġb", "Ġ", "Ġc"]
