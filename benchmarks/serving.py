@@ -9,8 +9,9 @@ llama_cpp_python   python -m llama_cpp.server (needs pip install 'llama-cpp-pyth
 All serve the same bfloat16 weights; llama.cpp's from MODEL.bf16.gguf beside the folder MODEL, or --gguf FILE:
 strop export MODEL --to gguf MODEL.bf16.gguf --dtype bf16. Every client sends chat requests one after the other, greedy
 and streamed, and reads them to the end. Tokens are counted by the model's own tokenizer on the text that arrived, for
-all systems alike; the clock runs from the first request to the end of the last answer. Systems take turns. Every
-measurement is a server of its own, warmed up; --json FILE collects them over several calls, and FILE.md has the table.
+all systems alike; the clock runs from the first request to the end of the last answer, or for --seconds: of those that
+are not at their end by then, what has come counts. Systems take turns. Every measurement is a server of its own, warmed
+up; --json FILE collects them over several calls, and the table is of all in it.
 A system that is not installed has no row.
 """
 
@@ -20,6 +21,7 @@ import argparse
 import http.client
 import importlib.util
 import json
+import math
 import os
 import shutil
 import socket
@@ -56,9 +58,12 @@ class NotInstalledError(Exception):
 class Load:
     """What the clients saw."""
 
-    first_token: list[float] = field(default_factory=list)
+    first_token: list[float | None] = field(default_factory=list)
+    """None where it had not come when the time was over."""
     texts: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    num_cut: int = 0
+    """Requests that were not at their end when the time was over."""
 
 
 def settings_of(system: str, num_clients: int) -> list[str]:
@@ -66,7 +71,9 @@ def settings_of(system: str, num_clients: int) -> list[str]:
     if system == "strop":
         return ["--dtype", "bfloat16"]
     if system.startswith("transformers"):
-        batching = ["--continuous-batching"] if system.endswith("-cb") else []
+        # By default a step attends over all of a cache that fills the memory: 39 s to the first token.
+        blocks = ["--cb-block-size", "32", "--cb-num-blocks", str(6 * num_clients), "--cb-max-batch-tokens", "256"]
+        batching = ["--continuous-batching", *blocks] if system.endswith("-cb") else []
         return [*batching, "--device", "cpu", "--dtype", "bfloat16"]
     threads = str(os.cpu_count())
     if system == "llama_cpp":
@@ -95,47 +102,62 @@ def command_of(system: str, model: Path, gguf: Path, port: int, num_clients: int
     return [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), *flags]
 
 
-def one_request(port: int, model: str, question: str, load: Load) -> None:
+def one_request(port: int, model: str, question: str, load: Load, deadline: float) -> None:
+    """At the deadline what has come counts, and the rest is left."""
     body = {"model": model, "messages": [{"role": "user", "content": question}], "stream": True}
     body |= {"max_tokens": NEW_TOKENS, "temperature": 0.0}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    started = time.perf_counter()
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        load.errors.append(f"{response.status} {response.read(300)!r}")
-        return
     text, first = "", None
-    for line in response:
-        if not line.startswith(b"data: {"):
-            continue
-        for choice in json.loads(line[6:]).get("choices", ()):
-            piece = choice.get("delta", {}).get("content") or ""
-            if piece and first is None:
-                first = time.perf_counter() - started
-            text += piece
-    connection.close()
-    load.texts.append(text)
-    if first is None:
+    started = time.perf_counter()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+
+    def bound() -> None:
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            raise TimeoutError
+        if connection.sock is not None:
+            connection.sock.settimeout(left)
+
+    try:
+        bound()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        bound()
+        response = connection.getresponse()
+        if response.status != 200:
+            load.errors.append(f"{response.status} {response.read(300)!r}")
+            return
+        for line in response:
+            bound()
+            if not line.startswith(b"data: {"):
+                continue
+            for choice in json.loads(line[6:]).get("choices", ()):
+                piece = choice.get("delta", {}).get("content") or ""
+                if piece and first is None:
+                    first = time.perf_counter() - started
+                text += piece
+    except TimeoutError:
+        load.num_cut += 1
+    finally:
+        connection.close()
+    if not text and load.num_cut == 0:
         load.errors.append("no text came")
-    else:
-        load.first_token.append(first)
+    load.texts.append(text)
+    load.first_token.append(first)
 
 
-def run_clients(port: int, model: str, num_clients: int, per_client: int) -> tuple[Load, float]:
+def run_clients(port: int, model: str, num_clients: int, per_client: int, seconds: float = 600.0) -> tuple[Load, float]:
     """(what they saw, seconds)."""
     load = Load()
     questions = work.questions(num_clients * per_client)
+    started = time.perf_counter()
 
     def client(number: int) -> None:
         for turn in range(per_client):
             try:
-                one_request(port, model, questions[number * per_client + turn], load)
+                one_request(port, model, questions[number * per_client + turn], load, started + seconds)
             except (OSError, http.client.HTTPException) as error:
                 load.errors.append(f"{type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(num_clients)]
-    started = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -162,7 +184,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(command: Sequence[str], port: int, path: str = "/health") -> Iterator[subprocess.Popen[bytes]]:
-    """A server that answers; it is ended at the end. SystemExit with the last line of its log when it does not start."""
+    """A server that answers; it is ended at the end. SystemExit with its log's last line when it does not start."""
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             if not wait_ready(port, process, path):
@@ -179,7 +201,7 @@ def started(command: Sequence[str], port: int, path: str = "/health") -> Iterato
 
 
 def measure(
-    system: str, model: Path, gguf: Path, num_clients: int, per_client: int, count_tokens: Any
+    system: str, model: Path, gguf: Path, num_clients: int, per_client: int, seconds: float, count_tokens: Any
 ) -> dict[str, Any]:
     """One record. Raises NotInstalledError; SystemExit when an answer is missing."""
     port = free_port()
@@ -187,7 +209,7 @@ def measure(
     command = command_of(system, model, gguf, port, num_clients)
     with started(command, port, "/v1/models" if system == "llama_cpp_python" else "/health"):
         run_clients(port, name, min(num_clients, 2), 1)  # warm up
-        load, seconds = run_clients(port, name, num_clients, per_client)
+        load, seconds = run_clients(port, name, num_clients, per_client, seconds)
     if load.errors:
         raise SystemExit(f"{system}, {num_clients} clients: {len(load.errors)} errors, {load.errors[0]}")
     return {
@@ -197,7 +219,8 @@ def measure(
         "requests": len(load.texts),
         "tokens": sum(map(count_tokens, load.texts)),
         "seconds": round(seconds, 3),
-        "first_token": [round(one, 4) for one in sorted(load.first_token)],
+        "cut": load.num_cut,
+        "first_token": [None if one is None else round(one, 3) for one in load.first_token],
     }
 
 
@@ -220,14 +243,18 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     for (clients, system), group in cells.items():
         rates[system, clients] = statistics.median(one["tokens"] / one["seconds"] for one in group)
     for (clients, system), group in sorted(cells.items(), key=lambda one: (one[0][0], SYSTEMS.index(one[0][1]))):
-        first = [second for one in group for second in one["first_token"]]
+        first = [math.inf if second is None else second for one in group for second in one["first_token"]]
         ours = rates.get(("strop", clients))
         ratio = f"{ours / rates[system, clients]:.2f}" if ours and system != "strop" else ""
         lines.append(
-            f"| {clients} | {system} | {rates[system, clients]:.1f} | {ratio} | {percentile(first, 50):.3f} s | "
-            f"{percentile(first, 95):.3f} s | {len(group)} x {group[0]['requests']} |"
+            f"| {clients} | {system} | {rates[system, clients]:.1f} | {ratio} | {_seconds(percentile(first, 50))} | "
+            f"{_seconds(percentile(first, 95))} | {len(group)} x {group[0]['requests']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if math.isfinite(value) else "not in time"
 
 
 def main() -> int:
@@ -237,8 +264,9 @@ def main() -> int:
     parser.add_argument("--gguf", type=Path, help="what llama.cpp serves (MODEL.bf16.gguf)")
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
     parser.add_argument("--per-client", type=int, default=2, help="requests of each client, one after the other")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one measurement; what has come by then counts")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the measurements to this file, and the table")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the measurements to this file")
     options = parser.parse_args()
     if unknown := [one for one in options.systems if one not in SYSTEMS]:
         parser.error(f"no system {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
@@ -259,6 +287,7 @@ def main() -> int:
                         gguf,
                         num_clients,
                         options.per_client,
+                        options.seconds,
                         lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
                     )
                 except NotInstalledError as error:

@@ -1,4 +1,4 @@
-"""Mixed requests with faults against `strop serve`: python -m benchmarks.serving_faults [--requests N] [--output FILE.md]
+"""Mixed requests with faults against `strop serve`: python -m benchmarks.serving_faults [--requests N] [--output FILE]
 
 A tiny random model in float32, so that every answer has one right value: after the server has ended, the engine's own,
 of the same request in another process and another batch. Chats, completions and token-level calls with n, stop strings,
@@ -156,9 +156,7 @@ def _answered(kind: str, rng: random.Random, tokenizer: Tokenizer) -> Case:
     if has_echo:
         body["echo"] = True
     path = {"text": "/v1/completions", "chat": "/v1/chat/completions", "ids": "/inference/v1/generate"}[form]
-    request = Request(
-        prompt_ids=tuple(prompt_ids), sampling=sampling, num_samples=common["n"], seed=common["seed"]
-    )
+    request = Request(prompt_ids=tuple(prompt_ids), sampling=sampling, num_samples=common["n"], seed=common["seed"])
     return Case(kind, path, body, request, has_echo)
 
 
@@ -307,9 +305,7 @@ def check(folder: Path, cases: Sequence[Case], answers: dict[int, dict[str, Any]
             for number, request in zip(numbers, requests, strict=True)
         ]
     for number, completions, scored in zip(numbers, own, scores, strict=True):
-        found = differences(
-            cases[number], answers[number], completions, [one.logprob for one in scored], tokenizer
-        )
+        found = differences(cases[number], answers[number], completions, [one.logprob for one in scored], tokenizer)
         report.wrong += [f"{number} ({cases[number].kind} {cases[number].path}): {one}" for one in found]
     report.hashes.add(weight_hash(model))
 
@@ -386,9 +382,7 @@ def _last(rng: random.Random, tokenizer: Tokenizer) -> Case:
     seed, kind = rng.randrange(1 << 40), rng.choice(("whole", "streamed"))
     body = {"model": "tiny", "prompt": TEXT[:20], "max_tokens": sampling.max_new_tokens, "seed": seed, "n": 2}
     body |= {"stream": kind == "streamed", "ignore_eos": True, "return_token_ids": True}
-    request = Request(
-        prompt_ids=tuple(tokenizer.encode_prompt(TEXT[:20])), sampling=sampling, num_samples=2, seed=seed
-    )
+    request = Request(prompt_ids=tuple(tokenizer.encode_prompt(TEXT[:20])), sampling=sampling, num_samples=2, seed=seed)
     return Case(kind, "/v1/completions", body, request)
 
 
