@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,37 +207,38 @@ class Clients:
         deadline = time.monotonic() + 120
         before_body = self.before_body
         while True:
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
-            connection.connect()
-            if case.kind == "slow":
-                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            if before_body is not None:
-                before_body()
-                before_body = None
-            data = case.body if isinstance(case.body, bytes) else json.dumps(case.body).encode()
-            connection.request("POST", case.path, data, {"Content-Type": "application/json"})
-            if case.kind == "vanish":
-                time.sleep(0.02 * (number % 4))
-                connection.close()
-                return "hung up"
-            with connection.getresponse() as response:
-                if response.status == 429 and time.monotonic() < deadline:
-                    with self._lock:
-                        self.report.refused += 1
-                    time.sleep(float(response.headers["Retry-After"]) * 0.2)
-                elif case.kind in FAULTS:
-                    error = json.loads(response.read())["error"]
-                    if response.status != FAULTS[case.kind] or not error["message"]:
-                        raise ValueError(f"status {response.status}, {error}")
-                    return f"refused, {response.status}"
-                else:
-                    if response.status != 200:
-                        raise ValueError(f"status {response.status}: {response.read(300)!r}")
-                    answer = _read(response, case)
-                    with self._lock:
-                        self.answers[number] = answer
-                    return "answered" + (", streamed" if case.kind in ("streamed", "slow") else "")
-            connection.close()
+            with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
+                connection.connect()
+                if case.kind == "slow":
+                    connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                if before_body is not None:
+                    before_body()
+                    before_body = None
+                data = case.body if isinstance(case.body, bytes) else json.dumps(case.body).encode()
+                connection.request("POST", case.path, data, {"Content-Type": "application/json"})
+                if case.kind == "vanish":
+                    time.sleep(0.02 * (number % 4))
+                    return "hung up"
+                with connection.getresponse() as response:
+                    if response.status != 429 or time.monotonic() > deadline:
+                        return self._outcome(number, case, response)
+                    wait = float(response.headers["Retry-After"])
+            with self._lock:
+                self.report.refused += 1
+            time.sleep(wait)
+
+    def _outcome(self, number: int, case: Case, response: http.client.HTTPResponse) -> str:
+        if case.kind in FAULTS:
+            error = json.loads(response.read())["error"]
+            if response.status != FAULTS[case.kind] or not error["message"]:
+                raise ValueError(f"status {response.status}, {error}")
+            return f"refused, {response.status}"
+        if response.status != 200:
+            raise ValueError(f"status {response.status}: {response.read(300)!r}")
+        answer = _read(response, case)
+        with self._lock:
+            self.answers[number] = answer
+        return "answered" + (", streamed" if case.kind in ("streamed", "slow") else "")
 
 
 def _read(response: http.client.HTTPResponse, case: Case) -> dict[str, Any]:
@@ -311,9 +313,10 @@ def check(folder: Path, cases: Sequence[Case], answers: dict[int, dict[str, Any]
 
 
 def served_hash(port: int) -> str:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", "/v1/models")
-    return json.loads(connection.getresponse().read())["data"][0]["weights_sha256"]
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request("GET", "/v1/models")
+        with connection.getresponse() as response:
+            return json.loads(response.read())["data"][0]["weights_sha256"]
 
 
 def resident_mib(pid: int) -> float:
