@@ -105,9 +105,12 @@ class Engine:
         self.stats.total_seconds = time.perf_counter() - started
         return [[completion for completion in group if completion is not None] for group in groups]
 
-    def open(self, *, on_finished: RunFinished, on_token: RunToken | None = None) -> Run:
+    def open(
+        self, *, on_finished: RunFinished, on_token: RunToken | None = None, max_prefill: int | None = None
+    ) -> Run:
         """A run without requests, for a server: they are added to it, and taken out of it, between its steps.
 
+        max_prefill bounds the prompt tokens of a step, so that arrivals do not hold up those who run (see Run).
         It uses all slots, each max_length long, and this engine's cache: one run, or one generate(), at a time. Its
         steps must be taken inside model.decoding(num_slots) and torch.inference_mode().
         """
@@ -118,6 +121,7 @@ class Engine:
             max_length=self.max_length,
             on_finished=on_finished,
             on_token=on_token,
+            max_prefill=max_prefill,
         )
 
     def release(self) -> None:
@@ -181,6 +185,7 @@ class Engine:
         max_length: int,
         on_finished: RunFinished,
         on_token: RunToken | None,
+        max_prefill: int | None = None,
     ) -> Run:
         return Run(
             self.model,
@@ -192,4 +197,5 @@ class Engine:
             stats=self.stats,
             on_finished=on_finished,
             on_token=on_token,
+            max_prefill=max_prefill,
         )

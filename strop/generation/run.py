@@ -52,6 +52,10 @@ class Run:
     one prefill serves a group even if its samples start at different times, in memory that does not depend on how many
     requests there are.
 
+    With max_prefill a step prefills at most so many tokens, and those who run get their next token in between, however
+    many and long the prompts are that arrive. Prompts longer than that go in piece by piece, cut at multiples of
+    max_prefill: where a prompt is cut does not depend on what arrives beside it.
+
     Made by Engine.generate, which adds everything at once, and by Engine.open for a server. Requests must have passed
     Engine.check.
     """
@@ -68,6 +72,7 @@ class Run:
         stats: EngineStats,
         on_finished: RunFinished,
         on_token: RunToken | None,
+        max_prefill: int | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -79,6 +84,8 @@ class Run:
         self._waiting: deque[tuple[Hashable, int]] = deque()
         self._prompt_slots = range(num_slots, num_slots + num_prompts)
         self._prompts: dict[Hashable, tuple[int, Tensor]] = {}  # key -> cache slot, hidden state (1, D)
+        self._max_prefill = max_prefill
+        self._partial: tuple[Hashable, int] | None = None  # the prompt in the first prompt slot that is not all there
         self._rows = Rows(tokenizer, num_slots)
         self._params: RowParams | None = None  # None once rows have ended; others only start where rows ended
         self._hidden: list[Tensor] = []  # (n, D) in all: what decides the next token of every running sample
@@ -122,7 +129,8 @@ class Run:
         return num_before - len(self._waiting) - self._rows.num_rows
 
     def step(self) -> None:
-        """Every running sample gets its next token, then waiting ones start in the free slots with their first.
+        """Every running sample gets its next token; waiting ones start in the free slots with their first, once their
+        prompt is there.
 
         Raises FloatingPointError when the model's logits are not finite; the run is then of no more use.
         """
@@ -146,10 +154,16 @@ class Run:
     def _refill(self) -> None:
         """Start waiting samples in the free slots: their first token is decided by their prompt."""
         started = time.perf_counter()
+        num_prefilled = 0
         while self._rows.num_rows < self._rows.max_rows and self._waiting:
             key, sample_index = self._waiting[0]
             if key not in self._prompts:
-                self._prefill()
+                room = PREFILL_TOKENS if self._max_prefill is None else self._max_prefill - num_prefilled
+                if num_prefilled and self._max_prefill is not None and len(self._next_piece(key)) > room:
+                    break
+                num_prefilled += self._prefill(room)
+                if key not in self._prompts:
+                    break
             self._waiting.popleft()
             slot, prompt_hidden_1D = self._prompts[key]
             request = self._requests[key]
@@ -202,25 +216,50 @@ class Run:
         self._params = None
 
     def _close_prompt(self, key: Hashable) -> None:
+        if self._partial is not None and self._partial[0] == key:
+            self._partial = None
+            self._cache.lengths_S[self._prompt_slots.start] = 0
         if key in self._prompts:
             slot, _ = self._prompts.pop(key)
             self._cache.lengths_S[slot] = 0  # no sample needs it any more: a long prompt must not keep decode wide
 
-    def _prefill(self) -> None:
-        """Replace the stored prompts, whose samples have all started, by the next few that wait."""
+    def _num_done(self, key: Hashable) -> int:
+        """How much of a prompt is prefilled, of those of which more is to come."""
+        return self._partial[1] if self._partial is not None and self._partial[0] == key else 0
+
+    def _next_piece(self, key: Hashable) -> Sequence[int]:
+        """What is to be prefilled next of a prompt."""
+        start = self._num_done(key)
+        prompt_ids = self._requests[key].prompt_ids
+        return prompt_ids[start:] if self._max_prefill is None else prompt_ids[start : start + self._max_prefill]
+
+    def _prefill(self, room: int) -> int:
+        """Replace the stored prompts, whose samples have all started, by the next few that wait; returns their tokens.
+
+        One piece is taken even if it is larger than the room. A prompt of which more is to come is only ever the first.
+        """
         assert not self._prompts
-        keys: list[Hashable] = []
+        pieces: dict[Hashable, Sequence[int]] = {}
         num_tokens = 0
         for key, request in self._requests.items():  # in the order in which they were added
-            num_tokens += len(request.prompt_ids)
-            if len(keys) == len(self._prompt_slots) or (keys and num_tokens > PREFILL_TOKENS):
+            piece = self._next_piece(key)
+            is_last = self._num_done(key) + len(piece) == len(request.prompt_ids)
+            if pieces and (len(pieces) == len(self._prompt_slots) or num_tokens + len(piece) > room or not is_last):
                 break
-            keys.append(key)
-        prompts = [self._requests[key].prompt_ids for key in keys]
-        slots = self._prompt_slots[: len(prompts)]
-        self._cache.lengths_S[self._prompt_slots.start :] = 0
-        hidden_PD = self._model.prefill(prompts, self._cache, slots)
-        self._prompts = {
-            key: (slot, hidden_PD[place : place + 1]) for place, (key, slot) in enumerate(zip(keys, slots, strict=True))
-        }
-        self._stats.prefill_tokens += sum(map(len, prompts))
+            pieces[key] = piece
+            num_tokens += len(piece)
+            if not is_last:
+                break
+        slots = self._prompt_slots[: len(pieces)]
+        starts = [self._num_done(key) for key in pieces]
+        self._cache.lengths_S[self._prompt_slots.start + (starts[0] > 0) :] = 0
+        hidden_PD = self._model.prefill(list(pieces.values()), self._cache, slots, starts)
+        self._partial = None
+        for place, (key, piece) in enumerate(pieces.items()):
+            num_done = starts[place] + len(piece)
+            if num_done == len(self._requests[key].prompt_ids):
+                self._prompts[key] = (slots[place], hidden_PD[place : place + 1])
+            else:
+                self._partial = (key, num_done)
+        self._stats.prefill_tokens += num_tokens
+        return num_tokens

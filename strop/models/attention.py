@@ -68,10 +68,19 @@ class AttentionPlan:
     """Which packed positions attend to which, worked out once per batch and used by every layer.
 
     Attention runs on small padded blocks gathered from the packed rows, while all other layers see packed tokens only.
+
+    With only_branches trunks are looked at and do not look: their rows of the output are left as they are, undefined.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, dtype: torch.dtype, device: torch.device) -> None:
-        self.segments, self._dtype, self._device = segments, dtype, device
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        only_branches: bool = False,
+    ) -> None:
+        self.segments, self._dtype, self._device, self._only_branches = segments, dtype, device, only_branches
         self.num_tokens = sum(map(len, segments))
 
     @cached_property
@@ -79,7 +88,7 @@ class AttentionPlan:
         trees: dict[tuple[int, int], list[tuple[_Row, ...]]] = defaultdict(list)  # by (trunk length, branch count)
         start = 0
         for segment in self.segments:
-            for rows in _trees(start, segment, QUERY_BLOCK if self._device.type == "cpu" else None):
+            for rows in self._trees(start, segment, QUERY_BLOCK if self._device.type == "cpu" else None):
                 trees[sum(map(len, rows[0].context)), len(rows)].append(rows)
             start += len(segment)
         return [
@@ -95,7 +104,7 @@ class AttentionPlan:
         firsts = [0]
         start = 0
         for segment in self.segments:
-            whole = _trees(start, segment, None)
+            whole = self._trees(start, segment, None)
             rows.extend(
                 (row.start, row.length, start, segment.trunk if row.context else 0) for tree in whole for row in tree
             )
@@ -103,6 +112,10 @@ class AttentionPlan:
             if len(rows) > firsts[-1]:
                 firsts.append(len(rows))
         return torch.tensor(rows, dtype=torch.int64), torch.tensor(firsts, dtype=torch.int64)
+
+    def _trees(self, start: int, segment: Segment, query_block: int | None) -> list[tuple[_Row, ...]]:
+        trees = _trees(start, segment, query_block)
+        return [rows for rows in trees if rows[0].start >= start + segment.trunk] if self._only_branches else trees
 
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
         """Attention outputs, shape (T, N, H). Query heads share key-value heads in consecutive groups of N / K."""

@@ -58,11 +58,11 @@ class KVCache:
             views.append(new)
         self.keys, self.values = views
 
-    def write(self, layer: int, slot: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
-        """Store a prompt's keys and values from position 0, after fit; the caller sets lengths_S after all layers."""
-        length = k_TKH.shape[0]
-        self.keys[layer, slot, :, :length] = k_TKH.transpose(0, 1)
-        self.values[layer, slot, :, :length] = v_TKH.transpose(0, 1)
+    def write(self, layer: int, slot: int, k_TKH: Tensor, v_TKH: Tensor, start: int = 0) -> None:
+        """Store keys and values from position `start`, after fit; the caller sets lengths_S after all layers."""
+        end = start + k_TKH.shape[0]
+        self.keys[layer, slot, :, start:end] = k_TKH.transpose(0, 1)
+        self.values[layer, slot, :, start:end] = v_TKH.transpose(0, 1)
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot over another: to share a prompt among a group, or to close the gap of a finished slot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -97,12 +98,22 @@ class Attention(nn.Module):
         return self.output(out.flatten(1))
 
     def prefill(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, ranges: _Ranges
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, pieces: Sequence[_Piece]
     ) -> Tensor:
         q, k, v = self._rotated(self.project(x_TD), rope)
-        for slot, start, end in ranges:
-            cache.write(self.layer, slot, k[start:end], v[start:end])
-        return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+        for piece in pieces:
+            cache.write(self.layer, piece.slot, k[piece.rows], v[piece.rows], piece.start)
+        if plan.num_tokens == x_TD.shape[0]:
+            return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+        # Before each piece, the keys and values of its prompt that the cache has already; no query looks from there.
+        wide_q, wide_k, wide_v = (x.new_zeros(plan.num_tokens, *x.shape[1:]) for x in (q, k, v))
+        for piece in pieces:
+            wide_q[piece.wide_rows] = q[piece.rows]
+            before = slice(piece.wide_rows.start - piece.start, piece.wide_rows.stop)
+            wide_k[before] = cache.keys[self.layer, piece.slot, :, : piece.end].transpose(0, 1)
+            wide_v[before] = cache.values[self.layer, piece.slot, :, : piece.end].transpose(0, 1)
+        out = plan.attend(wide_q, wide_k, wide_v, self.scale)
+        return self.output(torch.cat([out[piece.wide_rows] for piece in pieces]).flatten(1))
 
     def decode(self, x_SD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, step: _DecodeStep) -> Tensor:
         """One query per slot against that slot's cache.
@@ -155,8 +166,17 @@ class Layer(nn.Module):
         return x_TD + self.mlp(x_TD)
 
 
-_Ranges = Sequence[tuple[int, int, int]]
-"""(slot, start, end): the packed range that goes into a cache slot."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Positions [start, end) of the prompt in a cache slot, and where they lie in one prefill."""
+
+    slot: int
+    start: int
+    end: int
+    rows: slice
+    """Of the packed pieces."""
+    wide_rows: slice
+    """Of the packed pieces with, before each, what its slot holds already."""
 
 
 class _DecodeStep:
@@ -238,24 +258,39 @@ class Decoder(nn.Module):
         return KVCache(self.config, num_slots=num_slots, max_length=max_length, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[int]) -> Tensor:
-        """Run whole prompts into their cache slots; returns the last position's hidden state of each, (P, D)."""
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: Cache,
+        slots: Sequence[int],
+        starts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run prompts into their cache slots; returns the last position's hidden state of each, (P, D).
+
+        starts are the tokens of each prompt that its slot holds already, from the prefill before: `prompts` are then
+        what comes next of each. None is whole prompts.
+        """
         assert isinstance(cache, KVCache)
-        segments = [Segment(trunk=len(prompt)) for prompt in prompts]
-        ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0).tolist()
-        ranges = [(slot, end - len(prompt), end) for slot, prompt, end in zip(slots, prompts, ends, strict=True)]
+        pieces: list[_Piece] = []
+        place = wide_place = 0
+        for prompt, slot, start in zip(prompts, slots, starts or [0] * len(prompts), strict=True):
+            size, wide_place = len(prompt), wide_place + start
+            rows, wide_rows = slice(place, place + size), slice(wide_place, wide_place + size)
+            pieces.append(_Piece(slot, start, start + size, rows, wide_rows))
+            place, wide_place = place + size, wide_place + size
+        segments = [Segment(trunk=piece.start, branches=(piece.end - piece.start,)) for piece in pieces]
         token_ids_T = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
-        position_ids_T = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.device)
-        cache.fit(max(int(cache.lengths_S.max()), *map(len, prompts)))
-        plan = AttentionPlan(segments, dtype=self.dtype, device=self.device)
+        position_ids_T = torch.cat([torch.arange(piece.start, piece.end) for piece in pieces]).to(self.device)
+        cache.fit(max(int(cache.lengths_S.max()), *(piece.end for piece in pieces)))
+        plan = AttentionPlan(segments, dtype=self.dtype, device=self.device, only_branches=True)
         rope = self._rope(position_ids_T)
         x_TD = self.embedding(token_ids_T)
         for layer in self.layers:
-            x_TD = x_TD + layer.attention.prefill(x_TD, rope, plan, cache, ranges)
+            x_TD = x_TD + layer.attention.prefill(x_TD, rope, plan, cache, pieces)
             x_TD = x_TD + layer.mlp(x_TD)
-        for slot, start, end in ranges:
-            cache.lengths_S[slot] = end - start
-        return self.final_norm(x_TD[torch.tensor(ends, device=self.device) - 1])
+        for piece in pieces:
+            cache.lengths_S[piece.slot] = piece.end
+        return self.final_norm(x_TD[torch.tensor([piece.rows.stop - 1 for piece in pieces], device=self.device)])
 
     @contextmanager
     def decoding(self, num_rows: int) -> Iterator[None]:

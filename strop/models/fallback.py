@@ -142,15 +142,22 @@ class FallbackModel(nn.Module):
         return SlotCaches(num_slots=num_slots, max_length=max_length, device=self.device)
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[int]) -> Tensor:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: Cache,
+        slots: Sequence[int],
+        starts: Sequence[int] | None = None,
+    ) -> Tensor:
         """As Decoder.prefill."""
         assert isinstance(cache, SlotCaches)
         outputs = []
-        for prompt, slot in zip(prompts, slots, strict=True):
-            cache.fit(len(prompt))
-            cache.slots[slot] = DynamicCache(config=self.model.config)
+        for prompt, slot, start in zip(prompts, slots, starts or [0] * len(prompts), strict=True):
+            cache.fit(start + len(prompt))
+            if not start:
+                cache.slots[slot] = DynamicCache(config=self.model.config)
             outputs.append(self._append(prompt, cache.slots[slot]))
-            cache.lengths_S[slot] = len(prompt)
+            cache.lengths_S[slot] = start + len(prompt)
         return torch.stack(outputs)
 
     def decoding(self, num_rows: int) -> AbstractContextManager[None]:

@@ -72,7 +72,15 @@ class CausalLM(Protocol):
 
     def new_cache(self, *, num_slots: int, max_length: int) -> Cache: ...
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, slots: Sequence[int]) -> Tensor: ...
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: Cache,
+        slots: Sequence[int],
+        starts: Sequence[int] | None = None,
+    ) -> Tensor:
+        """starts: how much of each prompt its slot holds already; the last positions' hidden states, (P, D)."""
+        ...
 
     def decoding(self, num_rows: int) -> AbstractContextManager[None]:
         """Entered around many decode_steps between which the weights do not change."""

@@ -18,8 +18,11 @@ from strop.generation import Run, prompt_logprobs
 from strop.serving.models import ServedModel
 from strop.types import Completion, Request, TokenLogprobs
 
-SCORE_TOKENS = 1024
-"""Prompts are scored together up to this many tokens, so that a step of those who wait for text stays short."""
+PREFILL_TOKENS = 256
+"""Of prompts, between two tokens of those who wait for text: a longer prompt goes in piece by piece."""
+
+SCORE_TOKENS = 256
+"""Prompts are scored together up to this many tokens, for the same reason; a longer one is scored in one go."""
 
 
 class QueueFullError(Exception):
@@ -208,7 +211,9 @@ class _Lane:
             self._to_score.extend((job, index) for index in range(len(job.requests)))
         if job.is_generated:
             if self._run is None:
-                self._run = self.served.engine.open(on_finished=self._finished, on_token=self._sampled)
+                self._run = self.served.engine.open(
+                    on_finished=self._finished, on_token=self._sampled, max_prefill=PREFILL_TOKENS
+                )
             self._run.add(((job, index), request) for index, request in enumerate(job.requests))
 
     def cancel(self, job: Job) -> int:

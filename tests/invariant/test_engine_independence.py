@@ -32,9 +32,15 @@ class CountingDecoder(Decoder):
 
     prefills: list[list[int]]
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache, slots: Sequence[int]) -> torch.Tensor:
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: KVCache,
+        slots: Sequence[int],
+        starts: Sequence[int] | None = None,
+    ) -> torch.Tensor:
         self.prefills.append([len(prompt) for prompt in prompts])
-        return super().prefill(prompts, cache, slots)
+        return super().prefill(prompts, cache, slots, starts)
 
 
 @pytest.fixture

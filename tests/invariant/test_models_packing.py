@@ -204,6 +204,28 @@ def test_prefill_is_hidden_at_the_last_position() -> None:
     assert cache.lengths_S.tolist() == [len(prompt) for prompt in prompts]
 
 
+@pytest.mark.parametrize("cut", [1, 7, 16, 300])
+def test_a_prompt_in_pieces_is_the_prompt_in_one(cut: int) -> None:
+    """Its last piece beside the first of another, over a dirty slot; rows longer than a block of queries too."""
+    model = make_model()
+    generator = torch.Generator().manual_seed(5)
+    long, short = (torch.randint(61, (length,), generator=generator).tolist() for length in (cut + 30, 11))
+    whole = model.new_cache(num_slots=2, max_length=400)
+    expected = model.prefill([short, long], whole, [0, 1])
+    cache = model.new_cache(num_slots=3, max_length=400)
+    model.prefill([[5] * 200], cache, [2])
+    model.prefill([long[:cut]], cache, [2])
+    middle = cut + 19
+    model.prefill([long[cut:middle]], cache, [2], [cut])
+    assert cache.lengths_S.tolist() == [0, 0, middle]
+    got = model.prefill([short, long[middle:]], cache, [0, 2], [0, middle])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert cache.lengths_S.tolist() == [11, 0, cut + 30]
+    for mine, theirs in ((cache.keys, whole.keys), (cache.values, whole.values)):
+        for slot, other, length in ((0, 0, 11), (2, 1, cut + 30)):
+            torch.testing.assert_close(mine[:, slot, :, :length], theirs[:, other, :, :length], rtol=1e-5, atol=1e-5)
+
+
 def test_padding_stays_within_its_bound() -> None:
     generator = torch.Generator().manual_seed(6)
     for _ in range(50):

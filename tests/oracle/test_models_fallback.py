@@ -105,7 +105,8 @@ def test_decoding_equals_the_whole_row(name: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(97, (length,), generator=generator).tolist() for length in (3, 9)]
     cache = ours.new_cache(num_slots=3, max_length=14)
-    hidden = ours.prefill(prompts, cache, [0, 1])
+    ours.prefill([prompts[1][:4]], cache, [1])
+    hidden = ours.prefill([prompts[0], prompts[1][4:]], cache, [0, 1], [0, 4])
     cache.move(0, 2)  # slot 2 goes on from the first prompt on its own
     hidden = torch.stack([hidden[0], hidden[1], hidden[0]])
     texts = [list(prompts[0]), list(prompts[1]), list(prompts[0])]
