@@ -16,12 +16,8 @@ class RewardConfig:
     """
 
     name: str
-<<<<<<< HEAD
-    """math, code, metamath, reasoning_gym, model, judge, vote, format, length, overlong, "package.module:function" or
-=======
-    """math, code, metamath, lean, reasoning_gym, model, judge, format, length, overlong, "package.module:function" or
->>>>>>> w/verif2
-    "path/file.py:function"."""
+    """math, code, metamath, lean, reasoning_gym, model, judge, vote, format, length, overlong,
+    "package.module:function" or "path/file.py:function"."""
     weight: float = 1.0
     """Its factor in the sum."""
     label: str = ""
