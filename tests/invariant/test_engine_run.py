@@ -111,7 +111,9 @@ def test_long_prompts_do_not_hold_up_those_who_run(engine: Engine) -> None:
 def test_a_prompt_that_leaves_half_prefilled_leaves_nothing_behind(engine: Engine) -> None:
     found: dict[Any, Any] = {}
     run = engine.open(on_finished=lambda key, _, completion: found.update({key: completion}), max_prefill=4)
-    long, other = (Request(prompt_ids=tuple(range(5, end)), sampling=SamplingParams(max_new_tokens=9)) for end in (99, 44))
+    long, other = (
+        Request(prompt_ids=tuple(range(5, end)), sampling=SamplingParams(max_new_tokens=9)) for end in (99, 44)
+    )
     run.add([("long", long), ("other", other)])
     with engine.model.decoding(run.max_rows):
         for _ in range(5):
