@@ -43,6 +43,7 @@ class MathJudge:
         import math_verify
         import sympy
 
+        _predict_in_two_stages()
         self._sympy = sympy
         self._one_percent = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
         self._verify = math_verify.verify
@@ -133,6 +134,39 @@ class MathJudge:
         if not floats:
             return parsed
         return parsed.xreplace({number: self._sympy.Rational(str(number)) for number in floats})
+
+
+@functools.cache
+def _predict_in_two_stages() -> None:
+    """Lets latex2sympy's parser look at the next tokens alone (ANTLR's SLL). All of the context (LL), which takes ten
+    times as long and is never remembered, is only for a text that does not parse so.
+
+    A text that parses with SLL parses with LL, to the same tree (Parr, Harwell, Fisher, Adaptive LL(*) Parsing, 2014).
+    """
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended import latex2sympy2
+
+    converter: Any = latex2sympy2._Latex2Sympy  # pyright: ignore[reportPrivateUsage]
+    create_parser, parse = converter.create_parser, converter.parse
+
+    def create(self: Any, text: str) -> Any:
+        parser = create_parser(self, text)
+        if self.is_first_stage:
+            parser._interp.predictionMode = PredictionMode.SLL
+        return parser
+
+    @functools.wraps(parse)
+    def parse_in_two_stages(self: Any, text: str) -> Any:
+        self.is_first_stage = True
+        try:
+            return parse(self, text)
+        except MemoryError:
+            raise
+        except Exception:
+            self.is_first_stage = False
+            return parse(self, text)
+
+    converter.create_parser, converter.parse = create, parse_in_two_stages
 
 
 def _outcome(is_equal: bool) -> Outcome:

@@ -56,10 +56,11 @@ def proves(text):
 
 
 def repl():
-    environments = [("", [])]
+    environments: list[tuple[str | None, list[str]]] = [("", [])]
     for block in iter(read_block, None):
         request = json.loads(block)
-        command, reply = request["cmd"], {}
+        command = request["cmd"]
+        reply: dict[str, object] = {}
         if command.startswith("import "):
             known = command == "import Sums"
             reply = {"messages": [] if known else [{"severity": "error", "data": "unknown module prefix"}]}

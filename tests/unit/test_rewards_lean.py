@@ -215,12 +215,13 @@ def lean_place() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-def options(place: Path) -> dict[str, Any]:
+def options(place: Path, **changed: Any) -> dict[str, Any]:
     return {
         "project": str(place / "project"),
         "replay": str(place / "replays" / "replay"),
         "repl": str(place / "tools" / "repl"),
         "lake": str(place / "bin" / "lake"),
+        **changed,
     }
 
 
@@ -315,10 +316,10 @@ def processes(place: Path) -> set[str]:
 
 def test_without_lake_or_lean_interact_the_error_says_what_to_install(lean_place: Path, monkeypatch):
     with pytest.raises(ImportError, match=r"no 'lake-that-is-not-there'.*elan.*pip install 'strop\[lean\]'"):
-        LeanReward(**(options(lean_place) | {"lake": "lake-that-is-not-there"}))
+        LeanReward(**options(lean_place, lake="lake-that-is-not-there"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"lean-interact is not installed.*strop\[lean\]"):
-        LeanReward(**(options(lean_place) | {"repl": ""}))
+        LeanReward(**options(lean_place, repl=""))
 
 
 @pytest.mark.parametrize(

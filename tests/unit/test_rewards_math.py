@@ -14,8 +14,10 @@ from typing import Any
 
 import math_verify
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latex2sympy2_extended import latex2sympy2
 
 from strop.rewards.math import MathReward
 from strop.rewards.math_worker import MathJudge
@@ -337,3 +339,29 @@ def test_the_package_and_the_worker_import_no_torch():
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_quick"),
+    [
+        ("12x+7", True),
+        (r"\sqrt{3}-\frac{2\pi}{5}", True),
+        (r"(-\infty, 3] \cup [4, 5)", True),
+        ("1,2,3", True),
+        ("(1,2),(3,4)", True),
+        (r"x \leq 3", True),
+        (r"2\sin^2 x + 5!", True),
+        (r"\frac{1}{2}x^2-3", False),
+        ("x_1+x_2", False),
+        (r"\int_0^1 x dx", False),
+        (r"\sum_{k=1}^{n} k^2", False),
+        ("f(x)=x^2", True),
+    ],
+)
+def test_the_quick_parser_reads_what_the_thorough_one_reads(text: str, is_quick: bool):
+    MathJudge()
+    kind: Any = latex2sympy2._Latex2Sympy  # pyright: ignore[reportPrivateUsage]
+    quick, thorough = kind(), kind()
+    thorough.is_first_stage = False
+    assert sympy.srepr(quick.parse(text)) == sympy.srepr(kind.parse.__wrapped__(thorough, text))
+    assert quick.is_first_stage is is_quick
