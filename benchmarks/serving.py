@@ -78,7 +78,8 @@ def settings_of(system: str, num_clients: int) -> list[str]:
     threads = str(os.cpu_count())
     if system == "llama_cpp":
         return ["-t", threads, "-np", str(num_clients), "-c", str(CONTEXT * num_clients), "-fa", "on"]
-    return ["--n_threads", threads, "--n_ctx", str(CONTEXT)]
+    # By default a new request ends the one that is under way.
+    return ["--n_threads", threads, "--n_ctx", str(CONTEXT), "--interrupt_requests", "false"]
 
 
 def command_of(system: str, model: Path, gguf: Path, port: int, num_clients: int) -> list[str]:
