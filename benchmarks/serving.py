@@ -78,7 +78,8 @@ def settings_of(system: str, num_clients: int) -> list[str]:
     threads = str(os.cpu_count())
     if system == "llama_cpp":
         return ["-t", threads, "-np", str(num_clients), "-c", str(CONTEXT * num_clients), "-fa", "on"]
-    return ["--n_threads", threads, "--n_ctx", str(CONTEXT)]
+    # By default a new request ends the one that is under way.
+    return ["--n_threads", threads, "--n_ctx", str(CONTEXT), "--interrupt_requests", "false"]
 
 
 def command_of(system: str, model: Path, gguf: Path, port: int, num_clients: int) -> list[str]:
@@ -275,8 +276,9 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = options.model.absolute()
     gguf = options.gguf or model.with_name(f"{model.name}.bf16.gguf")
-    has_file = options.json is not None and options.json.exists()
-    records: list[dict[str, Any]] = json.loads(options.json.read_text("utf-8")) if has_file else []
+    records: list[dict[str, Any]] = []
+    if options.json is not None and options.json.exists():
+        records = json.loads(options.json.read_text("utf-8"))
     for num_clients in options.clients:
         for _ in range(options.rounds):
             for system in options.systems or SYSTEMS:
