@@ -179,12 +179,10 @@ def learn(seed, *, learns=True, **options):
     return sum(losses[-30:]) / 30
 
 
-def test_8bit_moments_learn_no_worse_than_wide_ones_within_seed_noise():
-    """One-sided: second moments that are rounded let go of large gradients more slowly, so steps are a little smaller
-    and the floor that a constant rate leaves is lower (measured: by 12 %)."""
+def test_8bit_moments_learn_as_well_as_wide_ones_within_seed_noise():
     wide = torch.tensor([learn(seed) for seed in range(3)])
     narrow = torch.tensor([learn(seed, is_8bit=True) for seed in range(3)])
     untrained = learn(0, is_8bit=True, learns=False)
     assert not torch.equal(wide, narrow)
-    assert narrow.mean() <= wide.mean() + 2 * wide.std()
-    assert narrow.max() < 0.5 * untrained
+    assert (narrow.mean() - wide.mean()).abs() <= 2 * wide.std()
+    assert narrow.max() < 0.05 * untrained
