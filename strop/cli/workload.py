@@ -37,7 +37,11 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
     from strop.native.train import has_kernels
 
     planned = {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo, "ttrl": _ttrl}[stage](config, runs_dir)
-    return dataclasses.replace(planned, has_kernels=has_kernels(torch.empty(0, dtype=planned.dtype)))
+    return dataclasses.replace(
+        planned,
+        has_kernels=has_kernels(torch.empty(0, dtype=planned.dtype)),
+        is_8bit=config.optimizer.state == "8bit",
+    )
 
 
 def _pretrain(config: Any, runs_dir: Path) -> Workload:

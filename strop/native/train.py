@@ -6,6 +6,7 @@ All take contiguous bf16 tensors on the CPU, compute in float32 and round each r
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -27,6 +28,7 @@ _SIGNATURES = {
     "strop_attention": [*[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT],
     "strop_attention_backward": [*[_POINTER] * 11, *[_LONG] * 5, _FLOAT, _INT],
     "strop_adamw": [*[_POINTER] * 3, _INT, _POINTER, _POINTER, _LONG, *[_DOUBLE] * 8, _INT],
+    "strop_adamw8": [*[_POINTER] * 3, _INT, *[_POINTER] * 5, _LONG, *[_DOUBLE] * 8, _INT],
     "strop_square_sum": [_POINTER, _INT, _LONG, _INT],
     "strop_accumulate": [_POINTER, _POINTER, _LONG, _INT],
 }
@@ -206,6 +208,30 @@ def adamw_(
         _at(parameter), _at(rest), _at(gradient), gradient.dtype == torch.bfloat16, _at(exp_avg), _at(exp_avg_sq),
         parameter.numel(), grad_scale, lr, *betas, eps, weight_decay, 1 - betas[0] ** step,
         (1 - betas[1] ** step) ** 0.5, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def adamw8_(
+    parameter: Tensor,
+    rest: Tensor,
+    gradient: Tensor,
+    moments: Mapping[str, Tensor],
+    tables: Sequence[Tensor],
+    *,
+    step: int,
+    grad_scale: float,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """adamw_ with moments of one byte; optim/eight_bit.py says what moments and tables are."""
+    keys = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    _loaded().strop_adamw8(
+        _at(parameter), _at(rest), _at(gradient), gradient.dtype == torch.bfloat16,
+        *(_at(moments[key]) for key in keys),
+        (_POINTER * len(tables))(*map(_at, tables)), parameter.numel(), grad_scale, lr, *betas, eps, weight_decay,
+        1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5, torch.get_num_threads(),
     )  # fmt: skip
 
 

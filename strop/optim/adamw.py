@@ -12,6 +12,8 @@ from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
 from strop.native import train as native
+from strop.optim import eight_bit
+from strop.optim.eight_bit import Moments
 from strop.optim.split import SplitMaster
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -36,6 +38,8 @@ class AdamW:
     modules counts once, under its first name; one that does not require a gradient is left out. A parameter without a
     gradient keeps weight and moments unchanged in that step, as in torch.
 
+    is_8bit: the moments of every parameter of eight_bit.MIN_ENTRIES entries or more take a byte each (eight_bit.py).
+
     The learning rate is given to each step, not kept: `learning_rate` makes it a pure function of the step.
     Use through `optimizer_step`, which clips and refuses non-finite gradients.
     """
@@ -47,12 +51,16 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        is_8bit: bool = False,
     ) -> None:
         self._parameters: dict[str, nn.Parameter] = {}
         self._masters: dict[str, Tensor] = {}
         """Those that torch updates."""
         self._split: dict[str, SplitMaster] = {}
         """Those that the kernels update."""
+        self._eight_bit: dict[str, Moments] = {}
+        """Moments of those masters that eight_bit.step_ updates; empty before the first update."""
+        self._is_8bit = is_8bit
         self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
         handles: list[RemovableHandle] = []
         seen: set[int] = set()
@@ -63,26 +71,32 @@ class AdamW:
             seen.add(id(parameter))
             self._parameters[name] = parameter
             if native.has_kernels(parameter) and parameter.is_contiguous():
-                self._split[name] = split = SplitMaster(parameter)
+                self._split[name] = split = SplitMaster(parameter, is_8bit=self._has_8bit(parameter))
                 handles.append(parameter.register_post_accumulate_grad_hook(split.take_gradient))
             elif parameter.dtype in _LOW_PRECISION:
                 self._masters[name] = master = parameter.detach().float()
                 handles.append(parameter.register_post_accumulate_grad_hook(_move_gradient_to(master)))
             else:
                 self._masters[name] = parameter
+            if name in self._masters and self._has_8bit(parameter):
+                self._eight_bit[name] = {}
         if not self._parameters:
             raise ValueError("no parameter requires a gradient: there is nothing to train")
         # Without this, a dropped optimizer's hooks would go on taking the gradients of its successor.
         weakref.finalize(self, _remove_all, handles)
 
-        decayed = [master for master in self._masters.values() if master.ndim >= 2]
-        not_decayed = [master for master in self._masters.values() if master.ndim < 2]
+        by_torch = [master for name, master in self._masters.items() if name not in self._eight_bit]
+        decayed = [master for master in by_torch if master.ndim >= 2]
+        not_decayed = [master for master in by_torch if master.ndim < 2]
         groups = [
             {"params": masters, "weight_decay": decay}
             for masters, decay in ((decayed, weight_decay), (not_decayed, 0.0))
             if masters
         ]
         self._inner = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True) if groups else None
+
+    def _has_8bit(self, parameter: Tensor) -> bool:
+        return self._is_8bit and parameter.numel() >= eight_bit.MIN_ENTRIES
 
     def gradients(self) -> list[Tensor]:
         """The accumulated gradients in the masters' dtype, not copies; parameters without one are left out.
@@ -127,15 +141,29 @@ class AdamW:
                 eps=self._eps,
                 weight_decay=self._weight_decay,
             )
-        if self._inner is None:
-            return
-        for group in self._inner.param_groups:
-            group["lr"] = lr
-        if grad_scale != 1.0:
-            for master in self._masters.values():
-                if master.grad is not None:
-                    master.grad.mul_(grad_scale)
-        self._inner.step()
+        for name, moments in self._eight_bit.items():
+            master = self._masters[name]
+            if master.grad is None:
+                continue
+            if not moments:
+                moments.update(eight_bit.zeros(master))
+            eight_bit.step_(
+                master.detach(),
+                master.grad,
+                moments,
+                lr=lr,
+                grad_scale=grad_scale,
+                betas=self._betas,
+                eps=self._eps,
+                weight_decay=self._weight_decay if master.ndim >= 2 else 0.0,
+            )
+        if self._inner is not None:
+            for group in self._inner.param_groups:
+                group["lr"] = lr
+                for master in group["params"]:
+                    if grad_scale != 1.0 and master.grad is not None:
+                        master.grad.mul_(grad_scale)
+            self._inner.step()
         self._round_masters()
 
     def zero_grad(self) -> None:
@@ -148,9 +176,10 @@ class AdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next step depends on, flat for safetensors; the tensors are the live ones, not copies.
 
-        Keys: step.NAME, exp_avg.NAME and exp_avg_sq.NAME once NAME has been updated, and master.NAME for
-        low-precision parameters only: an fp32 parameter is its own master, so the model's file has it. That file must
-        therefore keep the parameters' dtype. Split masters are put together for it: the same file on every machine.
+        Keys: step.NAME, exp_avg.NAME and exp_avg_sq.NAME once NAME has been updated (of 8-bit moments also
+        exp_avg_scale.NAME and exp_avg_sq_scale.NAME), and master.NAME for low-precision parameters only: an fp32
+        parameter is its own master, so the model's file has it. That file must therefore keep the parameters' dtype.
+        Split masters are put together for it: the same file on every machine.
         """
         state: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -165,6 +194,8 @@ class AdamW:
     def _moments(self, name: str) -> Mapping[str, Tensor]:
         if name in self._split:
             return self._split[name].moments
+        if name in self._eight_bit:
+            return self._eight_bit[name]
         assert self._inner is not None
         return self._inner.state.get(self._masters[name], {})
 
@@ -179,33 +210,34 @@ class AdamW:
             wide = self._masters[name] if name in self._masters else parameter.detach().to("meta", torch.float32)
             if wide is not parameter:
                 expected[f"master.{name}"] = wide
-            if any(f"{key}.{name}" in state for key in ("step", "exp_avg", "exp_avg_sq")):
-                expected[f"step.{name}"] = torch.zeros((), dtype=torch.float32)
-                expected[f"exp_avg.{name}"] = expected[f"exp_avg_sq.{name}"] = wide
+            layout = eight_bit.layout(parameter) if self._has_8bit(parameter) else _fp32_layout(wide)
+            if any(f"{key}.{name}" in state for key in layout):
+                expected |= {f"{key}.{name}": tensor for key, tensor in layout.items()}
         _check_same("is missing from", expected.keys() - state.keys())
         _check_same("is not known to this model but in", state.keys() - expected.keys())
         for key, tensor in expected.items():
             if state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
                 raise ValueError(
                     f"optimizer state {key} is {state[key].dtype} {list(state[key].shape)}, this model needs "
-                    f"{tensor.dtype} {list(tensor.shape)}: resume with the model and dtype of the checkpoint"
+                    f"{tensor.dtype} {list(tensor.shape)}: resume with the model, dtype and optimizer state of the "
+                    "checkpoint"
                 )
         if self._inner is not None:
             self._inner.state.clear()
         for name, parameter in self._parameters.items():
             moments: dict[str, Tensor] = {}
             if f"step.{name}" in expected:
-                moments = {
-                    key: state[f"{key}.{name}"].to(parameter.device, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                keys = eight_bit.layout(parameter) if self._has_8bit(parameter) else ("step", "exp_avg", "exp_avg_sq")
+                moments = {key: state[f"{key}.{name}"].to(parameter.device, copy=True) for key in keys}
             if name in self._split:
                 self._split[name].load(parameter, state[f"master.{name}"], moments)
                 continue
             master = self._masters[name]
             if master is not parameter:
                 master.copy_(state[f"master.{name}"])
-            if moments:
+            if name in self._eight_bit:
+                self._eight_bit[name] = moments
+            elif moments:
                 assert self._inner is not None
                 self._inner.state[master] = moments
         self._round_masters()
@@ -214,6 +246,10 @@ class AdamW:
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)
+
+
+def _fp32_layout(wide: Tensor) -> dict[str, Tensor]:
+    return {"step": torch.empty((), device="meta"), "exp_avg": wide, "exp_avg_sq": wide}
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

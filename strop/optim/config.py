@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -31,13 +32,21 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """On matrices only."""
+    state: Literal["32bit", "8bit"] = "32bit"
+    """"8bit" keeps both moments in a byte each: 2 bytes per weight instead of 8, and not quite the same numbers."""
     max_grad_norm: float = 1.0
     """The gradient's global norm is clipped to it; inf never clips."""
     max_skipped_steps: int = 5
     """So many steps in a row with a non-finite gradient stop the run, and the last batch is saved in the run folder."""
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> AdamW:
-        return AdamW(named_parameters, betas=(self.beta1, self.beta2), eps=self.eps, weight_decay=self.weight_decay)
+        return AdamW(
+            named_parameters,
+            betas=(self.beta1, self.beta2),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            is_8bit=self.state == "8bit",
+        )
 
     def lr_at(self, step: int, total_steps: int) -> float:
         return learning_rate(

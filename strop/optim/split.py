@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from strop.native import train as native
+from strop.optim import eight_bit
 
 
 class SplitMaster:
@@ -20,12 +22,13 @@ class SplitMaster:
     through `step` and `load`; gradient and moments live here as well.
     """
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, *, is_8bit: bool = False) -> None:
+        self.is_8bit = is_8bit
         self.rest = torch.zeros_like(parameter, dtype=torch.int16)
         self.gradient: Tensor | None = None
         """bf16 while it is that of one backward pass, the fp32 sum from the second on."""
         self.moments: dict[str, Tensor] = {}
-        """step, exp_avg and exp_avg_sq, from the first update on."""
+        """step, exp_avg and exp_avg_sq, from the first update on; those of eight_bit.py where is_8bit."""
 
     def take_gradient(self, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -57,6 +60,12 @@ class SplitMaster:
     ) -> None:
         if self.gradient is None:
             return
+        options: dict[str, Any] = {"lr": lr, "grad_scale": grad_scale, "betas": betas, "eps": eps}
+        options["weight_decay"] = weight_decay if parameter.ndim >= 2 else 0.0
+        if self.is_8bit:
+            self.moments = self.moments or eight_bit.zeros(parameter)
+            eight_bit.split_step_(parameter.detach(), self.rest, self.gradient, self.moments, **options)
+            return
         if not self.moments:
             zeros = torch.zeros_like(parameter, dtype=torch.float32)
             self.moments = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": torch.zeros_like(zeros)}
@@ -68,11 +77,7 @@ class SplitMaster:
             self.moments["exp_avg"],
             self.moments["exp_avg_sq"],
             step=int(self.moments["step"]),
-            grad_scale=grad_scale,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay if parameter.ndim >= 2 else 0.0,
+            **options,
         )
 
     def joined(self, parameter: Tensor) -> Tensor:

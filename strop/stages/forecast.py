@@ -23,7 +23,7 @@ from strop.models.footprint import cache_bytes, layer_matrices, num_parameters, 
 from strop.models.fused import can_pack
 from strop.models.live_memory import LiveMemory
 from strop.models.logprobs import packed_logprobs
-from strop.optim import AdamW, optimizer_step
+from strop.optim import AdamW, eight_bit, optimizer_step
 from strop.types import PackedBatch, SamplingParams, Segment
 
 ALLOCATOR_SHARE = 1.0
@@ -77,6 +77,8 @@ class Workload:
     has_kernels: bool = False
     """Whether the C++ kernels do the work: then a master is the weight and 2 bytes, the gradients of a single
     micro-batch stay in bfloat16, and the packed weights of a rollout include the head."""
+    is_8bit: bool = False
+    """Whether [optimizer] state = "8bit"."""
     assumptions: tuple[str, ...] = ()
     """What could not be known and was supposed instead, in words."""
 
@@ -164,7 +166,9 @@ def forecast(workload: Workload, probe: Probe) -> Forecast:
         "reference": float(parameters * itemsize * workload.has_reference),
     }
     master_bytes = (2.0 if workload.has_kernels else 4.0) if is_low else 0.0
-    optimizer = {"masters": master_bytes * parameters, "moments": 8.0 * parameters}
+    # Two bytes and two fp32 scales per block; the few norms that stay wide do not show.
+    moment_bytes = 2.0 + 8.0 / eight_bit.BLOCK if workload.is_8bit else 8.0
+    optimizer = {"masters": master_bytes * parameters, "moments": moment_bytes * parameters}
     phases = {"load": resident | {"weights file": float(workload.file_bytes)}}
     if workload.rollout is not None:
         phases["rollout"] = resident | optimizer | _rollout_bytes(workload, workload.rollout)
@@ -357,7 +361,7 @@ def _rollout_seconds(model: Decoder, rollout: Rollout) -> tuple[float, float]:
 
 def _optimizer_seconds(model: Decoder, workload: Workload) -> float:
     """Of one update, per parameter."""
-    optimizer = AdamW(model.named_parameters())
+    optimizer = AdamW(model.named_parameters(), is_8bit=workload.is_8bit)
 
     def update() -> None:
         for parameter in model.parameters():

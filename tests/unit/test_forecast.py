@@ -63,6 +63,12 @@ def test_resident_state_is_16_bytes_a_parameter_in_bf16_and_12_in_fp32_plus_grad
     assert (exact["weights"], exact["masters"], exact["moments"]) == (4 * PARAMETERS, 0, 8 * PARAMETERS)
 
 
+def test_8bit_moments_are_two_bytes_and_their_scales():
+    narrow = forecast(dataclasses.replace(WORKLOAD, is_8bit=True), PROBE).phases["update"]
+    assert narrow["moments"] == PARAMETERS * (2 + 2 * 4 / 256)
+    assert narrow["masters"] == 4 * PARAMETERS
+
+
 def test_kernels_keep_half_a_master_and_bf16_gradients_of_a_single_micro_batch():
     native = dataclasses.replace(WORKLOAD, has_kernels=True)
     update = forecast(native, PROBE).phases["update"]
