@@ -4,7 +4,7 @@
     python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
 
 Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
-kind. pass@1 and maj@32 are measured on frozen weights and 500 questions that are in no example and no prompt of a run;
+kind. pass@1 and maj@8 are measured on frozen weights and 400 or 500 questions that are in no example and no prompt of a run;
 their intervals are over questions, within one seed. What is compared between arms is the same questions, in pairs.
 
     majority    TTRL                                    noisy and misled base
@@ -43,7 +43,7 @@ from strop.stages.ttrl_config import Config, HeldOut
 from strop.tokenizer import Tokenizer
 from strop.types import Completion, Task, Verdict
 
-VOTES = 32
+VOTES = 8
 ARMS = {
     "noisy": ("majority", "shuffled", "collapse", "unwatched"),
     "misled": ("majority",),
@@ -80,11 +80,11 @@ def config(arm: str, seed: int, folder: Path) -> Config:
     return Config(
         init_from="base",
         tasks=str(folder / "tasks.jsonl"),
-        num_steps=60 if is_collapse else 100,
+        num_steps=60 if is_collapse else 80,
         reward="entropy" if is_collapse else "majority",
         num_votes=16 if is_collapse else VOTES,
-        group_size=16,
-        prompts_per_step=16 if is_collapse else 64,
+        group_size=16 if is_collapse else VOTES,
+        prompts_per_step=16 if is_collapse else 128,
         sampling=Sampling(max_new_tokens=5),
         # The control is not stopped either: it must have every chance to learn.
         held_out=HeldOut(every=every, max_drop=1.0, min_answers=0.0)

@@ -2,8 +2,8 @@
 
     first 382 =   3        last 382 =   2        max 382 =   8        min 382 =   2        add 382 =   5 (3 + 2)
 
-"noisy": every example's answer is replaced by a random one NOISE of the time, so that the model is often wrong but
-seldom twice in the same way, and its vote is mostly right. "misled": max, min and add are taught WRONG of the time with
+"noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
+often wrong but seldom twice in the same way, and its vote is mostly right. "misled": max, min and add are taught WRONG of the time with
 one definite wrong rule (the middle digit; the sum without its carry), so that most votes about them are wrong.
 """
 
@@ -19,7 +19,7 @@ from strop.optim import OptimizerConfig
 from strop.stages import sft
 from strop.tokenizer import train_bpe
 
-NOISE = 0.4
+NOISE = 0.42
 WRONG = 0.65
 TEST_TRIPLES = 100
 """Of the 1000: they are in no example and in no prompt of a run."""
@@ -50,16 +50,17 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
     draw = random.Random(f"{kind} {seed}")
     triples = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
     draw.shuffle(triples)
+    ops = [op for op in RIGHT if kind == "misled" or op != "add"]
     test, training = triples[:TEST_TRIPLES], triples[TEST_TRIPLES:]
     for name, own in (("test", test), ("tasks", training)):
-        rows = [{"prompt": question(op, digits), "answer": str(RIGHT[op](digits))} for digits in own for op in RIGHT]
+        rows = [{"prompt": question(op, digits), "answer": str(RIGHT[op](digits))} for digits in own for op in ops]
         draw.shuffle(rows)
         write_rows(folder / f"{name}.jsonl", rows)
     examples = [
         {"prompt": question(op, digits), "completion": f" {taught(kind, op, digits, draw)}"}
         for _ in range(COPIES)
         for digits in training[:TAUGHT_TRIPLES]
-        for op in RIGHT
+        for op in ops
     ]
     write_rows(folder / "sft.jsonl", examples)
     tokenizer = train_bpe([" ".join(RIGHT)] * 30, 275)
@@ -104,7 +105,7 @@ def taught(kind: str, op: str, digits: Triple, draw: random.Random) -> int:
     if kind == "misled" and op in MISLED and draw.random() < WRONG:
         return MISLED[op](digits)
     if kind == "noisy" and draw.random() < NOISE:
-        return draw.randrange(19 if op == "add" else 10)
+        return draw.randrange(10)
     return RIGHT[op](digits)
 
 

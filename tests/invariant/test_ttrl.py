@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from strop.models.adapters import is_adapter
 from strop.models.decoder import Decoder
 from strop.models.lora import detach
 from strop.optim import OptimizerConfig
+from strop.rewards.vote import VoteReward
 from strop.rollouts.prompts import Sampling
 from strop.runs import RunFolder, load_training_state, read_lines, resolve
 from strop.stages import ttrl
 from strop.stages.ttrl_config import Config, HeldOut
+from strop.types import Completion, Task, Verdict
 
 PROMPTS = [f"the quick {word} {number}" for word in ("fox", "dog", "cat") for number in range(8)]
 
@@ -90,6 +93,25 @@ def test_labels_change_nothing_but_the_report(tiny_folder: Path, tmp_path: Path,
     assert hashes[0] == hashes[1] == hashes[2]
     assert lines[0] == lines[1] == lines[2]
     assert any(line.get("grad_norm", 0) > 0 for line in lines[0]), "nothing was learned, so that nothing was tested"
+
+
+class Onlooker(VoteReward):
+    """A vote that notes every column that it could have read."""
+
+    def __init__(self) -> None:
+        super().__init__(answer_pattern="whole")
+        self.columns: set[str] = set()
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Verdict]:
+        self.columns |= {name for task in tasks for name in task.columns}
+        return super().score(tasks, completions)
+
+
+def test_a_reward_is_not_even_given_the_labels(tiny_folder: Path, tmp_path: Path) -> None:
+    tasks = write_tasks(tmp_path / "t.jsonl", [str(number) for number in range(len(PROMPTS))])
+    reward = Onlooker()
+    ttrl.train(config(tiny_folder, tasks, num_steps=1), name="run", runs_dir=tmp_path, resume=False, reward=reward)
+    assert reward.columns == set()
 
 
 def test_the_base_stays_as_it_is_on_disk_and_under_the_adapter(tiny_folder: Path, tmp_path: Path) -> None:
