@@ -1,6 +1,6 @@
 """Reward over-optimisation: proxy and gold reward against the KL from the SFT policy (Gao et al. 2023).
 
-    python -m benchmarks.overoptimisation --save overoptimisation        from nothing, about 25 minutes on one thread
+    python -m benchmarks.overoptimisation --save overoptimisation        from nothing, about 17 minutes on one thread
 
 A model of 1.3 million parameters learns to tell of walks: a list of words, where the prompt says which walk it was. The
 gold judge is stated (taste, below). Reward models read its rankings of the SFT's own answers: the weak proxy few of
@@ -61,7 +61,8 @@ PLACES = ("lake", "farm", "coast", "abbey", "market", "quarry", "forest", "castl
 TIMES = ("at dawn", "at noon", "at dusk", "at night", "in spring", "in summer", "in autumn", "in winter")
 ANIMAL_SHARE = 0.3
 REPEAT_SHARE = 0.15
-"""Of the words that a story has already, the share that it says again. So the SFT seldom repeats itself."""
+"""Of the words that a story has already, the share that it says again. The SFT model itself repeats more: in 38 % of
+its answers there is a word twice, in 8 % three or more."""
 STOP_SHARE = 0.16
 """Of an answer's words after the second, the share that is the last one: lists of two to about 20, mean 6."""
 HELD_OUT_EVERY = 3
