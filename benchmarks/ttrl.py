@@ -4,8 +4,8 @@
     python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
 
 Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
-kind. pass@1 and maj@8 are measured on frozen weights and 400 or 500 questions that are in no example and no prompt of a run;
-their intervals are over questions, within one seed. What is compared between arms is the same questions, in pairs.
+kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy) or 500 questions that are in no example and no
+prompt of a run; their intervals are over questions, within one seed. Differences are of the same questions, in pairs.
 
     majority    TTRL                                    noisy and misled base
     shuffled    control: the majority answer of another prompt of the rollout counts as right

@@ -3,8 +3,9 @@
     first 382 =   3        last 382 =   2        max 382 =   8        min 382 =   2        add 382 =   5 (3 + 2)
 
 "noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
-often wrong but seldom twice in the same way, and its vote is mostly right. "misled": max, min and add are taught WRONG of the time with
-one definite wrong rule (the middle digit; the sum without its carry), so that most votes about them are wrong.
+often wrong but seldom twice in the same way, and its vote is mostly right. "misled": max, min and add are taught WRONG
+of the time with one definite wrong rule (the middle digit; the sum without its carry), so that most votes about them
+are wrong.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from benchmarks.ttrl_tasks import make_base  # noqa: E402
+from benchmarks.ttrl_tasks import make_base
 
 if __name__ == "__main__":
     make_base("noisy", 0, Path("runs/ttrl"))
