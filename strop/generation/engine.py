@@ -10,6 +10,7 @@ import torch
 
 from strop.generation.run import EngineStats, Run, RunFinished, RunToken
 from strop.generation.sampler import Sampler
+from strop.models.freed_memory import give_back_freed_memory
 from strop.models.interface import Cache, CausalLM
 from strop.tokenizer import Tokenizer
 from strop.types import Completion, Request, TokenLogprobs
@@ -127,6 +128,7 @@ class Engine:
     def release(self) -> None:
         """Give back the memory of the key-value cache until the next generate(): training wants it in between."""
         self._cache = None
+        give_back_freed_memory()
 
     def cache_for(self, *, num_slots: int, max_length: int) -> Cache:
         """The cache of the last call if it is large enough, else a new one; every slot is free."""

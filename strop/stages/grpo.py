@@ -24,6 +24,7 @@ from torch import Tensor
 from strop.data import TaskBatches, load_rows, tasks_from_rows
 from strop.generation import Engine
 from strop.models import CausalLM, save_model
+from strop.models.freed_memory import give_back_freed_memory
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
     sequence_sum,
@@ -118,6 +119,7 @@ def learn(
             # No learning row at all (every group flat) is not a fault of the gradient.
             num_skipped += not math.isfinite(report.grad_norm)
             norms.append(report.grad_norm)
+    give_back_freed_memory()
     ended = time.perf_counter()
     num_tokens = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
     metrics = rollout_metrics(sampled, actors.reward.names) | judging.metrics(ended - started)
