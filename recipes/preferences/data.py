@@ -22,7 +22,9 @@ SOURCE, TARGET = Path("runs/demo-data"), Path("runs/preferences-data")
 def ranking(task: dict[str, object], draw: random.Random) -> dict[str, object]:
     right = int(str(task["answer"]))
     near = [right + 1, right - 1 if right else right + 2]
-    far = right + draw.randrange(5, 12)
+    distance = draw.randrange(5, 12)
+    # To either side: were it always above, it would often be the longer answer, and length would tell it.
+    far = right - distance if distance <= right and draw.random() < 0.7 else right + distance
     answers = [(right, 1), *((number, 2) for number in near), (far, 3)]
     draw.shuffle(answers)
     return {
