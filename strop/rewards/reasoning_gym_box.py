@@ -42,6 +42,10 @@ def _make_handler() -> Handler:
     return scorer.score
 
 
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""numpy would reserve memory for as many threads as there are cores."""
+
+
 class BoxedScorer:
     """Scores one answer at a time. Used by the thread that made it, since boxes die with it."""
 
@@ -61,7 +65,9 @@ class BoxedScorer:
             read_only=tuple(folder for folder in folders if not Path(folder).is_relative_to("/usr")),
         )
         path = [str(ours.parent), str(packages)]
-        self._pool = BoxPool(Launcher(self._settings, source=_PROGRAM.format(path=path)), size=1)
+        self._pool = BoxPool(
+            Launcher(self._settings, source=_PROGRAM.format(path=path), environment=_ONE_THREAD), size=1
+        )
         self._box: Box | None = None
 
     def start(self) -> None:

@@ -85,9 +85,7 @@ class Launcher:
         """source is the Python program that runs in the box and speaks guest's frames; None is guest itself. command is
         another program altogether, with variables of its own."""
         self._settings = settings
-        # One thread: numpy would reserve memory for as many as there are cores.
-        self._environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        self._environment |= environment or {}
+        self._environment = {"PYTHONHASHSEED": "0", **(environment or {})}
         source = Path(guest.__file__).read_text(encoding="utf-8") if source is None else source
         self._bwrap, self._filter, self._prefix = None, b"", ""
         self._is_foreign = command is not None
