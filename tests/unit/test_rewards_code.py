@@ -403,12 +403,12 @@ def test_stop_iteration_does_not_end_the_tests_early(reward):
     assert judge(reward, columns, "def f(x): return x + 1").status == "ok"
 
 
-def end_all(pid: int) -> None:
+def end_all(pids: list[int]) -> None:
     """The newest first: were the box that works ended before those that wait, its program would get one of them for
     its second try, and lose that too."""
-    for descendant in sorted(descendants(pid), reverse=True):
+    for pid in sorted(pids, reverse=True):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(descendant, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_boxes_that_somebody_ends_cost_nobody_a_verdict():
@@ -418,8 +418,8 @@ def test_boxes_that_somebody_ends_cost_nobody_a_verdict():
         assert worker is not None
         right = answer("```\nimport time\ndef f(x):\n    time.sleep(0.5)\n    return x + 1\n```")
         for delay in (0.0, 0.5):  # while they wait, and while one of them works
-            killer = threading.Timer(delay, end_all, (worker.pid,))
             assert wait_until(lambda: len(boxes_of(worker.pid)) >= 4)
+            killer = threading.Timer(delay, end_all, (descendants(worker.pid),))
             killer.start()
             if not delay:
                 killer.join()
