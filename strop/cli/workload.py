@@ -34,7 +34,7 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
         raise ValueError("there is no forecast for [lora] yet: leave it out for the cost of training all weights")
     import torch
 
-    from strop.native.train import has_kernels
+    from strop.native.kernels import has_kernels
 
     planned = {"pretrain": _pretrain, "sft": _sft, "grpo": _grpo, "ttrl": _ttrl}[stage](config, runs_dir)
     return dataclasses.replace(

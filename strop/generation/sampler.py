@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strop.native import kernels as native
 from strop.types import SamplingParams
 
 BLOCK = 256
@@ -41,6 +42,7 @@ class RowParams:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
         self.is_greedy_S = column([params.temperature == 0 for params in params_S], torch.bool)[:, 0]
+        self.temperature_or_0_S = column([params.temperature for params in params_S], torch.float32)[:, 0]
         self.temperature_S1 = column([params.temperature or 1.0 for params in params_S], torch.float32)
         self.top_k_S1 = column([params.top_k for params in params_S], torch.int64)
         self.top_p_S1 = column([params.top_p for params in params_S], torch.float64)
@@ -51,6 +53,7 @@ class RowParams:
         self.max_top_k = max((params.top_k for params in params_S), default=0)
         self.has_top_p = any(params.top_p < 1 for params in params_S)
         self.has_min_p = any(params.min_p > 0 for params in params_S)
+        self.has_filters = self.max_top_k > 0 or self.has_top_p or self.has_min_p
         self.has_reports = any(params.top_logprobs is not None for params in params_S)
         self.adjusted = [
             (row, params)
@@ -97,6 +100,8 @@ class Sampler:
         equals, with logprob 0. A token of probability 0 is never returned, however close to 1 its uniform is. A row
         whose logits are not finite gets the logprob NaN.
         """
+        if native.has_kernels(logits_SV) and not params.has_filters:
+            return native.sample(logits_SV.contiguous(), params.temperature_or_0_S, uniforms_S.contiguous())
         num_rows, vocab_size = logits_SV.shape
         chunk = max(1, min(num_rows, MAX_ELEMENTS // vocab_size))
         if self._buffers.shape[1] < chunk * vocab_size or self._buffers.device != logits_SV.device:

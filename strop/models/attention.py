@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from strop.native import train as native
+from strop.native import kernels as native
 from strop.types import Segment
 
 MAX_PADDING = 1.25
@@ -99,7 +99,7 @@ class AttentionPlan:
 
     @cached_property
     def native_rows(self) -> tuple[Tensor, Tensor]:
-        """What strop.native.train.attention_backward calls rows and segments."""
+        """What strop.native.kernels.attention_backward calls rows and segments."""
         rows: list[tuple[int, int, int, int]] = []
         firsts = [0]
         start = 0

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from strop.native import train as native
+from strop.native import kernels as native
+from strop.native.products import input_gradient, linear, weight_gradient
 
 if TYPE_CHECKING:
     from strop.models.lora import Adapter
@@ -45,9 +46,11 @@ def tied_embedding(token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tens
 
 
 def lora_linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None) -> Tensor:
-    """x W^T + bias, and (x down^T) up^T on top where there is an adapter; shape (T, E)."""
-    y_TE = F.linear(x_TD, weight, bias)
-    return y_TE if lora is None else y_TE.addmm_(x_TD @ lora[0].T, lora[1].T)
+    """x W^T + bias, and (x down^T) up^T on top where there is an adapter; shape (T, E). Keeps x, and x down^T."""
+    down_RD, up_ER = lora or (None, None)
+    if not torch.is_grad_enabled():
+        return _lora_forward(x_TD, weight, bias, down_RD, up_ER)[0]
+    return _Linear.apply(x_TD, weight, bias, down_RD, up_ER)
 
 
 def norm_linear(
@@ -171,21 +174,45 @@ class _NormLinear(torch.autograd.Function):
         dx = dnorm = dweight = normed_TD = None
         if needs_weight or needs_down:
             normed_TD = _normed(x_TD, norm_weight, ctx.eps)
-            dweight = grad_TE.T @ normed_TD if needs_weight else None
+            dweight = weight_gradient(grad_TE, normed_TD) if needs_weight else None
         dinner, ddown, dup = _lora_backward(grad_TE, normed_TD, down_RD, up_ER, inner_TR)
         if needs_x or needs_norm:
-            dnormed = grad_TE @ weight
+            dnormed = input_gradient(grad_TE, weight)
             if dinner is not None:
                 dnormed.addmm_(dinner, down_RD)
             dx, dnorm = _rms_norm_gradients(dnormed, x_TD, norm_weight, ctx.eps)
         return dx, dnorm, dweight, grad_TE.sum(0) if needs_bias else None, None, ddown, dup
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight: Tensor, bias: Tensor | None, down_RD: Tensor | None, up_ER: Tensor | None
+    ) -> Tensor:
+        y_TE, inner_TR = _lora_forward(x_TD, weight, bias, down_RD, up_ER)
+        ctx.save_for_backward(x_TD, weight, down_RD, up_ER, inner_TR)
+        return y_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight, down_RD, up_ER, inner_TR = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
+        dinner, ddown, dup = _lora_backward(grad_TE, x_TD if needs_down else None, down_RD, up_ER, inner_TR)
+        dx = None
+        if needs_x:
+            dx = input_gradient(grad_TE, weight)
+            if dinner is not None and down_RD is not None:
+                dx.addmm_(dinner, down_RD)
+        dweight = weight_gradient(grad_TE, x_TD) if needs_weight else None
+        return dx, dweight, grad_TE.sum(0) if needs_bias else None, ddown, dup
+
+
 def _lora_forward(
     x_TD: Tensor, weight: Tensor, bias: Tensor | None, down_RD: Tensor | None, up_ER: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(lora_linear, x down^T)."""
-    y_TE = F.linear(x_TD, weight, bias)
+    y_TE = linear(x_TD, weight) if bias is None else F.linear(x_TD, weight, bias)
     if down_RD is None or up_ER is None:
         return y_TE, None
     inner_TR = x_TD @ down_RD.T
@@ -281,13 +308,13 @@ class _SwigluLinear(torch.autograd.Function):
         needs_gate_up, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
         dgate_up = dweight = gated_TI = None
         if needs_gate_up:
-            grad_TI = grad_TD @ weight
+            grad_TI = input_gradient(grad_TD, weight)
             if up_DR is not None:
                 grad_TI.addmm_(grad_TD @ up_DR, down_RI)
             gated_TI, dgate_up = _gated_gradients_(grad_TI, gate_up_TI)
         elif needs_weight or needs_down:
             gated_TI = _gated(gate_up_TI)
         if needs_weight and gated_TI is not None:
-            dweight = grad_TD.T @ gated_TI
+            dweight = weight_gradient(grad_TD, gated_TI)
         _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
         return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup

@@ -12,6 +12,7 @@
 #include <new>
 
 #include "simd.h"
+#include "tile.h"
 
 static const long BLOCK = 64;
 
@@ -68,30 +69,6 @@ static void product(float* c, long c_stride, const uint32_t* a, long a_stride, c
         case 4: tile_row<4>(c, c_stride, a, a_stride, b, b_stride, lanes, begin, end, adds); break;
         case 5: tile_row<5>(c, c_stride, a, a_stride, b, b_stride, lanes, begin, end, adds); break;
     }
-}
-
-static void transpose16(__m512i rows[16]) {
-    __m512i half[16];
-    for (int i = 0; i < 16; i += 2) {
-        half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_unpacklo_epi64(half[i], half[i + 2]);
-        rows[i + 1] = _mm512_unpackhi_epi64(half[i], half[i + 2]);
-        rows[i + 2] = _mm512_unpacklo_epi64(half[i + 1], half[i + 3]);
-        rows[i + 3] = _mm512_unpackhi_epi64(half[i + 1], half[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512i low = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88), high = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        __m512i low2 = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        __m512i high2 = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-        half[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        half[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        half[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        half[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-    for (int i = 0; i < 16; i++) rows[i] = half[i];
 }
 
 // target[j][i] = source[i][j], 32 bits each; rows and columns are multiples of 16.

@@ -14,12 +14,9 @@
 #include <vector>
 
 #include "simd.h"
+#include "tile.h"
 
 namespace {
-
-constexpr int LANES = 16;        // output columns of one vector register
-constexpr int GROUP = 2 * LANES;  // output columns that a tile computes: two registers per row
-constexpr int MAX_TILE_ROWS = 14;  // 28 accumulators, two weights and one activation fill the 32 registers
 
 // Activations in the order in which the products read them: blocks of `tile` rows; inside a block, pair after pair of
 // inputs, and for each pair the rows side by side. Rows that pad the last block are zero.
@@ -44,26 +41,6 @@ struct Activations {
     }
 };
 
-template <int ROWS>
-inline void product_tile(const uint32_t* activations, const bf16* weights, int64_t num_pairs, __m512 (&sums)[ROWS][2]) {
-#pragma GCC unroll 14
-    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < num_pairs; pair++) {
-        _mm_prefetch((const char*)weights + 4096, _MM_HINT_T0);
-        _mm_prefetch((const char*)weights + 4096 + 64, _MM_HINT_T0);
-        const __m512bh left = (__m512bh)_mm512_loadu_si512(weights);
-        const __m512bh right = (__m512bh)_mm512_loadu_si512(weights + GROUP);
-#pragma GCC unroll 14  // or the sums would live in memory
-        for (int r = 0; r < ROWS; r++) {
-            const __m512bh input = (__m512bh)_mm512_set1_epi32(activations[r]);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], input, left);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], input, right);
-        }
-        weights += 2 * GROUP;
-        activations += ROWS;
-    }
-}
-
 // This thread's share of activations * weights^T. `finish(row, group, left, right)` takes 16 + 16 output columns.
 template <int ROWS, typename Finish>
 void product_rows(const Activations& input, const bf16* weights, int64_t num_groups, int64_t num_rows, Finish&& finish) {
@@ -72,7 +49,7 @@ void product_rows(const Activations& input, const bf16* weights, int64_t num_gro
     for (int64_t group = num_groups * thread / num_threads; group < num_groups * (thread + 1) / num_threads; group++) {
         for (int tile = 0; tile < input.num_tiles; tile++) {
             __m512 sums[ROWS][2];
-            product_tile<ROWS>(input.pairs.data() + tile * ROWS * input.num_pairs, weights + group * group_size, input.num_pairs, sums);
+            product_tile<ROWS>(input.pairs.data() + tile * ROWS * input.num_pairs, (const uint32_t*)(weights + group * group_size), input.num_pairs, sums);
             const int used = std::min<int64_t>(ROWS, num_rows - int64_t(tile) * ROWS);
             for (int r = 0; r < used; r++) finish(int64_t(tile) * ROWS + r, group, sums[r][0], sums[r][1]);
         }
@@ -230,17 +207,9 @@ void strop_use_large_pages(void* block, int64_t num_bytes) {
 // Rows of `weight` (N, K) in the order in which product_tile reads them: group g holds rows [g * stride, + 16) and
 // [g * stride + second, + 16), pair after pair of their inputs.
 void strop_pack(const bf16* weight, bf16* packed, int64_t num_groups, int64_t width, int64_t stride, int64_t second, int64_t num_threads) {
-    const int64_t num_pairs = width / 2;
-    const __m512i rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(num_pairs));
 #pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int64_t group = 0; group < num_groups; group++) {
-        for (int half = 0; half < 2; half++) {
-            const int* source = (const int*)(weight + (group * stride + half * second) * width);
-            bf16* target = packed + group * width * GROUP + half * GROUP;
-            for (int64_t pair = 0; pair < num_pairs; pair++)
-                _mm512_storeu_si512(target + pair * 2 * GROUP, _mm512_i32gather_epi32(rows, source + pair, 4));
-        }
-    }
+    for (int64_t group = 0; group < num_groups; group++)
+        pack_panel(weight + group * stride * width, second * width, width, (uint32_t*)(packed + group * width * GROUP));
 }
 
 // One token for each of num_rows sequences. `stream` (S, D) holds their embeddings and is overwritten; `hidden` (S, D)

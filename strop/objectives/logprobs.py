@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from strop.native import train as native
+from strop.native import kernels as native
+from strop.native.products import input_gradient, linear, weight_gradient
 
 _CPU_BLOCK_ELEMENTS = 1 << 19
 """Elementwise work on a CPU is done in pieces that stay in cache: 2 MB of float32 instead of 50 is 4x faster."""
@@ -109,7 +110,7 @@ def _head_into(buffer: Tensor, hidden_RD: Tensor, weight_VD: Tensor, bias_V: Ten
     """hidden @ weight.T + bias, written into reused memory: fresh pages for every chunk cost as much as the product."""
     num_rows, num_columns = hidden_RD.shape[0], weight_VD.shape[0]
     logits_RV = buffer[: num_rows * num_columns].view(num_rows, num_columns)
-    torch.mm(hidden_RD, weight_VD.T, out=logits_RV)
+    linear(hidden_RD, weight_VD, out=logits_RV)
     return logits_RV if bias_V is None else logits_RV.add_(bias_V)
 
 
@@ -174,7 +175,8 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
 
-        width = min(num_columns, max(_MIN_VOCAB_BLOCK, ctx.chunk_size * num_columns // max(num_rows, 1)))
+        width = max(_MIN_VOCAB_BLOCK, ctx.chunk_size * num_columns // max(num_rows, 1))
+        width = min(num_columns, width // _MIN_VOCAB_BLOCK * _MIN_VOCAB_BLOCK)
         buffer = hidden_RD.new_empty(num_rows * width)
         block_rows = _block_rows(num_rows, width, hidden_RD.device)
         for left in range(0, num_columns, width):
@@ -207,9 +209,9 @@ class _LinearLogprobs(torch.autograd.Function):
                         )
                     )
             if grad_hidden_RD is not None:
-                grad_hidden_RD += grad_logits @ weight_VD[columns]
+                grad_hidden_RD += input_gradient(grad_logits, weight_VD[columns])
             if grad_weight_VD is not None:
-                torch.mm(grad_logits.T, hidden_RD, out=grad_weight_VD[columns])
+                weight_gradient(grad_logits, hidden_RD, out=grad_weight_VD[columns])
             if grad_bias_V is not None:
                 grad_bias_V[columns] = grad_logits.sum(0, dtype=lse_R.dtype)
         grad_hidden = None if grad_hidden_RD is None else grad_hidden_RD.to(hidden_RD.dtype)

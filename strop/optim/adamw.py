@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.hooks import RemovableHandle
 
-from strop.native import train as native
+from strop.native import kernels as native
 from strop.optim import eight_bit
 from strop.optim.eight_bit import Moments
 from strop.optim.split import SplitMaster

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from strop.native import train as native
+from strop.native import kernels as native
 
 BLOCK = 256
 """Entries that share one scale, the largest magnitude among them."""

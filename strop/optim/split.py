@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strop.native import train as native
+from strop.native import kernels as native
 from strop.optim import eight_bit
 
 

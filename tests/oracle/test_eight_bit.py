@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from strop.native import train as native
+from strop.native import kernels as native
 from strop.optim import AdamW, OptimizerConfig, eight_bit, optimizer_step
 
 has_kernels = pytest.mark.skipif(not native.has_kernels(torch.zeros(1, dtype=torch.bfloat16)), reason="no kernels here")

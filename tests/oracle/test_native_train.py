@@ -15,7 +15,7 @@ from strop.models.decoder import init_model
 from strop.models.fused import norm_linear, rms_norm, swiglu_linear, tied_embedding
 from strop.models.logprobs import packed_logprobs
 from strop.native import build
-from strop.native import train as native
+from strop.native import kernels as native
 from strop.objectives.logprobs import linear_logprobs
 from strop.optim import AdamW, optimizer_step
 from strop.optim.split import SplitMaster

@@ -1,6 +1,7 @@
-"""The kernels of a training step as functions on tensors. Callers ask `has_kernels` first: nothing here falls back.
+"""The kernels of a training step and of the sampler as functions on tensors.
 
-All take contiguous bf16 tensors on the CPU, compute in float32 and round each result once.
+Callers ask `has_kernels` first: nothing here falls back. All take contiguous bf16 tensors on the CPU, compute in float32
+and round each result once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _SIGNATURES = {
     "strop_swiglu": [_POINTER, _POINTER, _LONG, _LONG, _INT],
     "strop_swiglu_backward": [*[_POINTER] * 3, _LONG, _LONG, _INT],
     "strop_rotate": [*[_POINTER] * 3, *[_LONG] * 4, _FLOAT, _INT],
+    "strop_gemm": [*[_POINTER] * 3, *[_LONG] * 3, *[_INT] * 3],
+    "strop_sample": [*[_POINTER] * 5, _LONG, _LONG, _INT],
     "strop_head_statistics": [*[_POINTER] * 5, _LONG, _LONG, _FLOAT, _INT],
     "strop_head_gradient": [*[_POINTER] * 6, *[_LONG] * 3, _FLOAT, _INT],
     "strop_attention": [*[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT],
@@ -110,6 +113,33 @@ def rotate_(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, num_heads: int, *, 
         _at(x_TNH), _at(cos_T1H), _at(sin_T1H), num_rows, all_heads * width, num_heads, width, -1.0 if back else 1.0,
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def gemm(
+    a: Tensor, b: Tensor, out: Tensor, length: int, *, sums_over_rows_of_a: bool = False, b_is_transposed: bool = False
+) -> None:
+    """Write the product a b into out; length is what is summed over. See products.py, which is to be used instead.
+
+    sums_over_rows_of_a takes a^T, b_is_transposed b^T.
+    """
+    _loaded().strop_gemm(
+        _at(a), _at(b), _at(out), *out.shape, length, sums_over_rows_of_a, b_is_transposed, torch.get_num_threads()
+    )
+
+
+def sample(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(token_ids_S int64, logprobs_S float32): see generation.Sampler, without filters.
+
+    temperatures_S is float32, 0 for the largest logit; uniforms_S float64.
+    """
+    assert temperatures_S.dtype == torch.float32 and uniforms_S.dtype == torch.float64
+    num_rows, vocab_size = logits_SV.shape
+    tokens_S, logprobs_S = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+    _loaded().strop_sample(
+        _at(logits_SV), _at(temperatures_S), _at(uniforms_S), _at(tokens_S), _at(logprobs_S), num_rows, vocab_size,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens_S, logprobs_S
 
 
 def head_statistics(

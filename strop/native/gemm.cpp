@@ -1,0 +1,153 @@
+// The three products of a linear layer in training, bf16 in and out with float sums: y = x w^T, dx = g w, dw = g^T x.
+//
+// All are one product C[m][n] = sum over pairs p of A[m][p] . B[p][n], where a pair is two neighbours of the dimension
+// that is summed over. Operands are first written in the order in which the inner loop reads them: A in tiles of a few
+// rows, pair after pair, the rows of a tile side by side (each is broadcast); B in panels of 32 columns, pair after pair.
+// That costs a few per cent of the product, and the inner loop then runs at the rate of its dot-product instructions.
+// The smaller operand is written out whole, for all threads; of the larger one each thread writes a piece at a time, and
+// uses it up while it is in its cache.
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+#include "tile.h"
+
+namespace {
+
+// Memory for packed operands that a thread keeps for its next product: fresh pages cost as much as filling them.
+class Workspace {
+  public:
+    ~Workspace() { std::free(words_); }
+    uint32_t* at_least(size_t count) {
+        if (count > count_) {
+            std::free(words_);
+            words_ = static_cast<uint32_t*>(std::aligned_alloc(64, (count * sizeof(uint32_t) + 63) / 64 * 64));
+            if (!words_) throw std::bad_alloc();
+            count_ = count;
+        }
+        return words_;
+    }
+
+  private:
+    uint32_t* words_ = nullptr;
+    size_t count_ = 0;
+};
+
+// Rows of a matrix cut into tiles of equal height: the height that leaves the fewest rows empty.
+struct Tiling {
+    int height = 0, count = 0;
+    explicit Tiling(long rows) {
+        long fewest = 0;
+        for (int candidate = MAX_TILE_ROWS; candidate >= std::min<long>(MAX_TILE_ROWS - 4, rows) && candidate > 0; candidate--) {
+            const long tiles = (rows + candidate - 1) / candidate, padded = tiles * candidate;
+            if (!height || padded < fewest) height = candidate, count = int(tiles), fewest = padded;
+        }
+    }
+};
+
+// One tile of A whose pairs are neighbours in memory: target[p][r] = pair p of row r. Missing rows are zero.
+void pack_tile(const bf16* source, long stride, long rows, int height, long pairs, uint32_t* target) {
+    const __mmask16 mask = __mmask16((1u << height) - 1);
+    for (long p = 0; p < pairs; p += 16) {
+        __m512i block[16];
+        load_block(reinterpret_cast<const uint32_t*>(source) + p, stride / 2, rows, pairs - p, block);
+        transpose16(block);
+        const long end = std::min<long>(16, pairs - p);
+        for (int i = 0; i < end; i++) _mm512_mask_storeu_epi32(target + (p + i) * height, mask, block[i]);
+    }
+}
+
+// The same for a matrix that is summed over its rows: a pair is (source[2p][r], source[2p + 1][r]).
+void pack_tile_of_columns(const bf16* source, long stride, long columns, int height, long length, uint32_t* target) {
+    const __mmask16 exists = __mmask16((1u << columns) - 1), mask = __mmask16((1u << height) - 1);
+    for (long i = 0; i < length; i += 2) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, source + i * stride));
+        const __m512i high = i + 1 < length ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, source + (i + 1) * stride)) : _mm512_setzero_si512();
+        _mm512_mask_storeu_epi32(target + i / 2 * height, mask, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+// One panel of B from 32 columns, summed over the rows.
+void pack_panel_of_columns(const bf16* source, long stride, long length, uint32_t* target) {
+    const __m512i low_order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high_order = _mm512_add_epi16(low_order, _mm512_set1_epi16(16));
+    for (long i = 0; i < length; i += 2) {
+        const __m512i first = _mm512_loadu_si512(source + i * stride);
+        const __m512i second = i + 1 < length ? _mm512_loadu_si512(source + (i + 1) * stride) : _mm512_setzero_si512();
+        _mm512_store_si512(target + i / 2 * GROUP, _mm512_permutex2var_epi16(first, low_order, second));
+        _mm512_store_si512(target + i / 2 * GROUP + LANES, _mm512_permutex2var_epi16(first, high_order, second));
+    }
+}
+
+struct Gemm {
+    const bf16 *a, *b;
+    bf16* c;
+    long rows, columns, length;
+    bool a_is_columns, b_is_rows;
+    Tiling tiling;
+    long pairs, num_panels;
+
+    long tile_words() const { return pairs * tiling.height; }
+    long panel_words() const { return pairs * GROUP; }
+
+    void pack_a(long tile, uint32_t* target) const {
+        const long first = tile * tiling.height, used = std::min<long>(tiling.height, rows - first);
+        if (a_is_columns) pack_tile_of_columns(a + first, rows, used, tiling.height, length, target);
+        else pack_tile(a + first * length, length, used, tiling.height, pairs, target);
+    }
+    void pack_b(long panel, uint32_t* target) const {
+        if (b_is_rows) pack_panel(b + panel * GROUP * length, LANES * length, length, target);
+        else pack_panel_of_columns(b + panel * GROUP, columns, length, target);
+    }
+    template <int ROWS>
+    void multiply_tile(long tile, const uint32_t* packed_tile, long panel, const uint32_t* packed_panel) const {
+        __m512 sums[ROWS][2];
+        product_tile<ROWS>(packed_tile, packed_panel, pairs, sums);
+        bf16* target = c + tile * ROWS * columns + panel * GROUP;
+        const long used = std::min<long>(ROWS, rows - tile * ROWS);
+        for (int r = 0; r < used; r++)
+            _mm512_storeu_si512(target + r * columns, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+    }
+    template <int ROWS>
+    void run(int threads) const {
+        static thread_local Workspace of_caller;
+        const bool shares_a = rows <= columns;
+        uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : num_panels * panel_words());
+#pragma omp parallel num_threads(threads)
+        {
+            static thread_local Workspace own;
+            uint32_t* piece = own.at_least(shares_a ? panel_words() : tile_words());
+#pragma omp for schedule(static)
+            for (long i = 0; i < (shares_a ? tiling.count : num_panels); i++)
+                shares_a ? pack_a(i, shared + i * tile_words()) : pack_b(i, shared + i * panel_words());
+#pragma omp for schedule(static)
+            for (long i = 0; i < (shares_a ? num_panels : tiling.count); i++) {
+                if (shares_a) {
+                    pack_b(i, piece);
+                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), i, piece);
+                } else {
+                    pack_a(i, piece);
+                    for (long panel = 0; panel < num_panels; panel++) multiply_tile<ROWS>(i, piece, panel, shared + panel * panel_words());
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+// C (rows, columns) = A B, contiguous. a_is_columns: A is stored as (length, rows), else (rows, length); b_is_rows: B is
+// stored as (columns, length), else (length, columns). columns is a multiple of 32; length is even where an operand has
+// it as its last dimension.
+extern "C" void strop_gemm(const bf16* a, const bf16* b, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
+    const Tiling tiling(rows);
+    const Gemm gemm{a, b, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, (length + 1) / 2, columns / GROUP};
+    switch (tiling.height) {
+#define ROWS_CASE(n) \
+    case n: return gemm.run<n>(threads)
+        ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
+        ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
+#undef ROWS_CASE
+    }
+}
