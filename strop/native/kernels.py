@@ -1,7 +1,7 @@
 """The kernels of a training step and of the sampler as functions on tensors.
 
-Callers ask `has_kernels` first: nothing here falls back. All take contiguous bf16 tensors on the CPU, compute in float32
-and round each result once.
+Callers ask `has_kernels` first: nothing here falls back. All take contiguous bf16 tensors on the CPU, compute in
+float32 and round each result once.
 """
 
 from __future__ import annotations
