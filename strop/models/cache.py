@@ -47,6 +47,8 @@ class KVCache:
         capacity, wanted = self.keys.shape[3], _round_up(length)
         if length <= capacity <= 2 * wanted:
             return
+        if length > capacity:  # by a fraction, or sequences that grow token by token would be copied in every block
+            wanted = min(max(wanted, _round_up(capacity * 5 // 4)), _round_up(self.max_length))
         kept = min(capacity, wanted)
         views = []
         for storage in self._storage:

@@ -48,3 +48,16 @@ def test_a_sequence_longer_than_the_cache_is_refused() -> None:
     cache.fit(40)
     with pytest.raises(ValueError, match="holds 40 tokens per slot; a sequence wants 41"):
         cache.fit(41)
+
+
+def test_growing_token_by_token_copies_a_number_of_times_that_grows_slower_than_the_sequence() -> None:
+    def copies(max_length: int) -> int:
+        cache = KVCache(CONFIG, num_slots=1, max_length=max_length, dtype=torch.float32, device="cpu")
+        capacities = []
+        for length in range(1, max_length + 1):
+            cache.fit(length)
+            assert length <= cache.keys.shape[3] <= -(-max_length // BLOCK) * BLOCK
+            capacities.append(cache.keys.shape[3])
+        return len(set(capacities))
+
+    assert copies(8192) - copies(4096) <= 5
