@@ -1,16 +1,21 @@
 """What test-time RL does: where the vote is mostly right, where it is systematically wrong, and when it collapses.
 
-    python -m benchmarks.ttrl --seeds 0 1 2 --save ttrl     about 4 minutes per seed on one thread
+    python -m benchmarks.ttrl --seeds 0 1 2 --save ttrl     about 8 minutes per seed on one thread
     python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
 
 Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
-kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy) or 500 questions that are in no example and no
-prompt of a run; their intervals are over questions, within one seed. Differences are of the same questions, in pairs.
+kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy, noisier) or 500 questions that are in no example
+and no prompt of a run; their intervals are over questions, within one seed. Differences are of the same questions, in
+pairs.
 
     majority    TTRL                                    noisy and misled base
     shuffled    control: the majority answer of another prompt of the rollout counts as right
     collapse    reward = "entropy" at fifty times the learning rate, watched
     unwatched   the same without the early stop
+
+    all weights             TTRL without an adapter, for longer, on the noisier base. (An adapter leaves the embedding
+                            and the last norm alone, and with them the size of the logits: it cannot become as sure.)
+    all weights shuffled    its control
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ from strop.types import Completion, Task, Verdict
 VOTES = 8
 ARMS = {
     "noisy": ("majority", "shuffled", "collapse", "unwatched"),
+    "noisier": ("all weights", "all weights shuffled"),
     "misled": ("majority",),
 }
 CURVES = (
@@ -76,11 +82,12 @@ def _verdicts(tasks: Sequence[Task], keys: Sequence[str | None], labels: dict[st
 
 def config(arm: str, seed: int, folder: Path) -> Config:
     is_collapse = arm in ("collapse", "unwatched")
+    has_all_weights = arm.startswith("all weights")
     every = 5 if is_collapse else 10
     return Config(
         init_from="base",
         tasks=str(folder / "tasks.jsonl"),
-        num_steps=60 if is_collapse else 80,
+        num_steps=60 if is_collapse else 200 if has_all_weights else 80,
         reward="entropy" if is_collapse else "majority",
         num_votes=16 if is_collapse else VOTES,
         group_size=16 if is_collapse else VOTES,
@@ -88,11 +95,12 @@ def config(arm: str, seed: int, folder: Path) -> Config:
         sampling=Sampling(max_new_tokens=5),
         # The control is not stopped either: it must have every chance to learn.
         held_out=HeldOut(every=every, max_drop=1.0, min_answers=0.0)
-        if arm in ("unwatched", "shuffled")
+        if arm == "unwatched" or is_shuffled(arm)
         else HeldOut(every=every),
         kl_coef=0.0 if is_collapse else 0.001,
-        lora=LoraConfig(rank=16, alpha=32),
-        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 6e-4),
+        all_weights=has_all_weights,
+        lora=LoraConfig() if has_all_weights else LoraConfig(rank=16, alpha=32),
+        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 3e-4 if has_all_weights else 6e-4),
         num_slots=256,
         save_every=10**6,
         samples_per_step=32,
@@ -101,16 +109,21 @@ def config(arm: str, seed: int, folder: Path) -> Config:
     )
 
 
+def is_shuffled(arm: str) -> bool:
+    return arm.endswith("shuffled")
+
+
 def run_arm(kind: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     """The arm's run, unless it is finished, and what its result is worth on the test questions."""
     if not is_finished(folder, "base"):
         make_base(kind, seed, folder)
-    if not is_finished(folder, arm):
-        reward: Reward | None = ShuffledVote() if arm == "shuffled" else None
-        ttrl.train(config(arm, seed, folder), name=arm, runs_dir=folder, resume=False, reward=reward)
-    before, after = answers("base", folder), answers(arm, folder)
-    stopped = [line for line in read_lines(folder / arm / "metrics.jsonl") if "result_of_step" in line]
-    last = max(line["step"] for line in read_lines(folder / arm / "metrics.jsonl"))
+    run = arm.replace(" ", "-")
+    if not is_finished(folder, run):
+        reward: Reward | None = ShuffledVote() if is_shuffled(arm) else None
+        ttrl.train(config(arm, seed, folder), name=run, runs_dir=folder, resume=False, reward=reward)
+    before, after = answers("base", folder), answers(run, folder)
+    stopped = [line for line in read_lines(folder / run / "metrics.jsonl") if "result_of_step" in line]
+    last = max(line["step"] for line in read_lines(folder / run / "metrics.jsonl"))
     against_pass = [right - left for left, right in zip(rates(before), rates(after), strict=True)]
     against_vote = [right - left for left, right in zip(majorities(before), rates(after), strict=True)]
     return {
@@ -193,7 +206,7 @@ def paired_interval(differences: Sequence[float]) -> list[float]:
 def curve_rows(folder: Path, kind: str, arm: str, seed: int) -> list[dict[str, Any]]:
     return [
         {"kind": kind, "arm": arm, "seed": seed, "step": line["step"], **{name: line.get(name) for name in CURVES}}
-        for line in read_lines(folder / arm / "metrics.jsonl")
+        for line in read_lines(folder / arm.replace(" ", "-") / "metrics.jsonl")
         if "result_of_step" not in line
     ]
 

@@ -3,9 +3,9 @@
     first 382 =   3        last 382 =   2        max 382 =   8        min 382 =   2        add 382 =   5 (3 + 2)
 
 "noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
-often wrong but seldom twice in the same way, and its vote is mostly right. "misled": max, min and add are taught WRONG
-of the time with one definite wrong rule (the middle digit; the sum without its carry), so that most votes about them
-are wrong.
+often wrong but seldom twice in the same way, and its vote is mostly right. "noisier": more of that noise. "misled":
+max, min and add are taught WRONG of the time with one definite wrong rule (the middle digit; the sum without its
+carry), so that most votes about them are wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from strop.optim import OptimizerConfig
 from strop.stages import sft
 from strop.tokenizer import train_bpe
 
-NOISE = 0.42
+NOISE = {"noisy": 0.42, "noisier": 0.5}
 WRONG = 0.65
 TEST_TRIPLES = 100
 """Of the 1000: they are in no example and in no prompt of a run."""
@@ -105,7 +105,7 @@ def taught(kind: str, op: str, digits: Triple, draw: random.Random) -> int:
     """The answer of one example: right, or wrong in the way of the kind."""
     if kind == "misled" and op in MISLED and draw.random() < WRONG:
         return MISLED[op](digits)
-    if kind == "noisy" and draw.random() < NOISE:
+    if draw.random() < NOISE.get(kind, 0.0):
         return draw.randrange(10)
     return RIGHT[op](digits)
 
