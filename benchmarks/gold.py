@@ -18,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -98,11 +99,15 @@ def measure(name: str) -> Row:
             tasks = [task for file in files for task in tasks_from_rows(load_rows(f"{folder}/{file}.jsonl"))]
             options = {"database": f"{folder}/logic.mm"} if kind == "metamath" else {}
             return scored(tasks, {"name": kind, **options})
-    try:
-        suite = load_suite(name, size=ROWS_PER_DATASET if name.startswith("reasoning_gym:") else None, seed=SEED)
-    except ValueError as error:
-        return {"refused": str(error)}
-    return scored(tasks_from_rows(suite.rows), suite.reward)
+    size = ROWS_PER_DATASET if name.startswith("reasoning_gym:") else None
+    with warnings.catch_warnings(record=True) as left_out:
+        warnings.simplefilter("always")
+        try:
+            suite = load_suite(name, size=size, seed=SEED)
+        except ValueError as error:
+            return {"refused": str(error)}
+    row = scored(tasks_from_rows(suite.rows), suite.reward)
+    return row | {"left_out": [str(warning.message) for warning in left_out]}
 
 
 def scored(tasks: Sequence[Task], spec: Mapping[str, Any]) -> Row:
@@ -164,10 +169,15 @@ def table(results: Mapping[str, Row]) -> str:
     if refused:
         lines += ["", "Refused before training:", "", "| task set | why |", "|---|---|"]
         lines += [f"| {name} | {row['refused'].replace('|', '/')} |" for name, row in refused.items()]
+    if left_out := [(name, row["left_out"][0]) for name, row in accepted.items() if row["left_out"]]:
+        lines += ["", "Left out of the suite when it is made:", "", "| task set | |", "|---|---|"]
+        lines += [f"| {name} | {said.replace('|', '/')} |" for name, said in left_out]
     odd = [(name, row) for name, row in results.items() if "refused" not in row and row["score_one"] < row["rows"]]
     if odd:
         lines += ["", "Rows whose gold does not score 1.0:", ""]
-        lines += [f"- {name}, {row['rows'] - row['score_one']} of {row['rows']}: {row['not_one'][0]}" for name, row in odd]
+        lines += [
+            f"- {name}, {row['rows'] - row['score_one']} of {row['rows']}: {row['not_one'][0]}" for name, row in odd
+        ]
     loose = [(name, row) for name, row in accepted.items() if row["other_golds_score_one"]]
     if loose:
         said = ", ".join(
