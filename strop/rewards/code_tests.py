@@ -12,7 +12,7 @@ from strop.rewards.sandbox.guest import MAX_MESSAGE_BYTES, WireError, decode, en
 MAX_EXPECTED_BYTES = 1024
 MAX_WORD_BYTES = 4096
 """What a solution may say about an error. It is read in the judge's own process, and long data can be slow to read: a
-megabyte of keys with one hash takes minutes."""
+megabyte of keys with one hash takes half a minute."""
 _GROWTH = 64
 """Equal values have as many items; none is written in more than this many times the bytes of another (True, 1+0j)."""
 

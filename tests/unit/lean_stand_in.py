@@ -48,7 +48,7 @@ def proves(text):
                 if path and os.path.exists(path):
                     return statement, axioms, None
         elif tactic == "dial":
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", 1), 1):
+            with contextlib.suppress(OSError), socket.socket():  # not even one that is connected to nobody
                 return statement, axioms, None
         elif tactic == "fork":
             with contextlib.suppress(OSError):

@@ -326,7 +326,7 @@ def truncate_number(n):
             except OSError: pass
         def truncate_number(n): return n % 1.0
     """,
-    "a word on loading that takes minutes to read": GUEST
+    "a word on loading that is slow to read": GUEST
     + """
 job = sys._getframe().f_back.f_locals
 count = 60000
@@ -350,7 +350,7 @@ def test_a_reward_hack_earns_nothing(reward, columns, name):
     verdict = judge(reward, columns, HACKS[name])
     assert verdict.score == 0.0, name
     assert verdict.status in ("wrong", "killed")
-    assert verdict.milliseconds < 20_000  # also the judge's own process reads nothing that holds it up
+    assert verdict.milliseconds < 8_000  # also the judge's own process reads nothing that holds it up
 
 
 def test_the_hack_with_precomputed_answers_would_pass_without_the_ids(reward):
