@@ -57,7 +57,8 @@ def proves(text):
                 return statement, axioms, None
         elif tactic == "hoard":
             with contextlib.suppress(MemoryError):
-                return (statement, axioms, None) if bytearray(4 << 30) else None
+                bytearray(4 << 30)
+                return statement, axioms, None
         elif tactic == "leave":
             with open(os.path.join(os.environ["LEAN_PATH"].split(":")[0], "left"), "w"):
                 pass

@@ -445,7 +445,9 @@ def test_which_tests_hold_no_code(tests, count):
 def test_a_reply_that_could_not_be_equal_is_not_read():
     """At a size at which an equal value, written as wastefully as it can be, is still read."""
     wasteful = [complex(1)] * 300
-    (assertion,) = plain_assertions(f"assert f() == {[True] * 300}", "f") or ()
+    found = plain_assertions(f"assert f() == {[True] * 300}", "f")
+    assert found is not None
+    (assertion,) = found
     assert assertion.why_wrong(encode(["value", wasteful])) is None
     assert assertion.why_wrong(b"l" + bytes(100_000)) == "AssertionError"  # not even that it is no message
     assert assertion.why_wrong(b"l\xff") is not None and assertion.why_wrong(encode(["value"])) == "broken reply"

@@ -65,8 +65,14 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     pools: list[WorkerPool] = []
 
-    def make(*arguments: str, num_workers: int = 1, module: str = "toy_worker", **times: float) -> WorkerPool:
-        times = {"timeout": 20.0, **times}
+    def make(
+        *arguments: str,
+        timeout: float = 20.0,
+        prepare_timeout: float | None = None,
+        num_workers: int = 1,
+        module: str = "toy_worker",
+    ) -> WorkerPool:
+        times: dict[str, Any] = {"timeout": timeout, "prepare_timeout": prepare_timeout}
         pools.append(WorkerPool(module, num_workers=num_workers, arguments=arguments, **times))
         return pools[-1]
 
