@@ -181,8 +181,6 @@ def test_an_escape_does_not_come_off(bait, name):
 @pytest.mark.parametrize("is_plain", [False, True], ids=["boxed", "plain"])
 def test_a_flood_is_ended_and_scores_nothing(bait, is_plain, name):
     body, status = FLOODS[name]
-    if is_plain and name == "a million colliding keys":
-        status = "wrong"  # too long to be equal, so that nobody reads it
     verdict = judge(bait, body, is_flood=True, is_plain=is_plain)
     assert verdict.score == 0.0 and verdict.status != "infra_error", verdict
     assert status in (verdict.status, "any"), verdict
