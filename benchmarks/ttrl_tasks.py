@@ -49,14 +49,7 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
     """The base model of a kind as the run folder/base, and folder/tasks.jsonl and folder/test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(f"{kind} {seed}")
-    triples = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
-    draw.shuffle(triples)
-    ops = [op for op in RIGHT if kind == "misled" or op != "add"]
-    test, training = triples[:TEST_TRIPLES], triples[TEST_TRIPLES:]
-    for name, own in (("test", test), ("tasks", training)):
-        rows = [{"prompt": question(op, digits), "answer": str(RIGHT[op](digits))} for digits in own for op in ops]
-        draw.shuffle(rows)
-        write_rows(folder / f"{name}.jsonl", rows)
+    training, ops = write_tasks(kind, folder, draw)
     examples = [
         {"prompt": question(op, digits), "completion": f" {taught(kind, op, digits, draw)}"}
         for _ in range(COPIES)
@@ -95,6 +88,19 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
         runs_dir=folder,
         resume=False,
     )
+
+
+def write_tasks(kind: str, folder: Path, draw: random.Random) -> tuple[list[Triple], list[str]]:
+    """folder/tasks.jsonl and folder/test.jsonl. Returns the triples that are not held out, and the questions asked."""
+    triples = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
+    draw.shuffle(triples)
+    ops = [op for op in RIGHT if kind == "misled" or op != "add"]
+    test, training = triples[:TEST_TRIPLES], triples[TEST_TRIPLES:]
+    for name, own in (("test", test), ("tasks", training)):
+        rows = [{"prompt": question(op, digits), "answer": str(RIGHT[op](digits))} for digits in own for op in ops]
+        draw.shuffle(rows)
+        write_rows(folder / f"{name}.jsonl", rows)
+    return training, ops
 
 
 def question(op: str, digits: Triple) -> str:

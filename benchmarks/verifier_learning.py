@@ -5,9 +5,10 @@
     python -m benchmarks.verifier_learning run code grpo shuffled 0
     python -m benchmarks.verifier_learning table                 results/verifier_learning.md and .csv of what has run
 
-A run is one to four minutes on one thread; a finished one is not repeated. The control differs in nothing but the
-tasks: each is judged by another one's tests, or another one's theorem. All runs of a domain start from one SFT model;
-the seed is that of prompts, samples, minibatches and held-out samples.
+A run is one to four minutes on one thread; a finished one is not repeated. The table keeps the rows of earlier runs
+that are not in runs/ any more: the same commands make them again. The control differs in nothing but the tasks: each is
+judged by another one's tests, or another one's theorem. All runs of a domain start from one SFT model; the seed is that
+of prompts, samples, minibatches and held-out samples.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +102,43 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def with_earlier(found: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows and those of an earlier table that have no run here, in one order."""
+    number = {"seed": int, "steps": int, "held_out_tasks": int}
+    text = ("task", "algorithm", "judged_by")
+    merged = {_key(row): row for row in found}
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            for read in csv.DictReader(file):
+                row = {name: value if name in text else number.get(name, float)(value) for name, value in read.items()}
+                merged.setdefault(_key(row), row)
+    return [merged[key] for key in sorted(merged)]
+
+
+def _key(row: dict[str, Any]) -> tuple[int, int, bool, int]:
+    is_control = row["judged_by"] != "its own"
+    return DOMAINS.index(row["task"]), list(STAGES).index(row["algorithm"]), is_control, row["seed"]
+
+
+def summary(found: list[dict[str, Any]]) -> str:
+    """Over the seeds: means, and the range of the seeds' own means."""
+    lines = [
+        "| task | algorithm | judged by | seeds | pass@1 before | after | lowest, highest seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["task"], row["algorithm"], row["judged_by"]), []).append(row)
+    for (task, algorithm, judged_by), rows in groups.items():
+        before, after = ([row[when] for row in rows] for when in ("before", "after"))
+        seeds = ", ".join(str(row["seed"]) for row in rows)
+        lines.append(
+            f"| {task} | {algorithm.upper()} | {judged_by} | {seeds} | {statistics.mean(before):.1%} "
+            f"| {statistics.mean(after):.1%} | {min(after):.1%}, {max(after):.1%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def table(found: list[dict[str, Any]]) -> str:
     lines = [
         "| task | algorithm | judged by | seed | steps | pass@1 before | after [95 %] | training | waits |",
@@ -130,10 +169,10 @@ def main() -> int:
     elif options.command == "run":
         run(options.domain, options.algorithm, options.what, options.seed)
     else:
-        found = rows()
-        text = table(found)
-        print(text)
         path = ROOT / "benchmarks" / "results" / "verifier_learning.md"
+        found = with_earlier(rows(), path.with_suffix(".csv"))
+        text = f"{summary(found)}\n{table(found)}"
+        print(text)
         heading = "`python -m benchmarks.verifier_learning`, "
         about = f"{heading}{machine()}; held-out tasks never trained on, {NUM_SAMPLES} answers each\n\n"
         notes = path.read_text(encoding="utf-8").partition("\n## ")[1:] if path.is_file() else ()

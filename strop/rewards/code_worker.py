@@ -2,11 +2,13 @@
 
 Two boxes per verdict of the function kind: one has the solution and sees only the arguments of each call, the other has
 the tests and sees only the results, and this process passes the messages on without looking into them. So a solution
-can neither read what is expected, nor bring an object whose __eq__ says yes, nor decide the verdict.
+can neither read what is expected, nor bring an object whose __eq__ says yes, nor decide the verdict. Tests without code
+(code_tests.PlainAssertion) and a solution that cannot be loaded need no second box.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import sys
@@ -14,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from strop.rewards.code_tests import MAX_WORD_BYTES, PlainAssertion, plain_assertions
 from strop.rewards.sandbox.box import (
     Box,
     BoxPool,
@@ -29,6 +32,8 @@ from strop.rewards.serve import Handler, end_with_parent, serve
 
 BOXES_AHEAD = 4
 MAX_OUTPUT_BYTES = 4 << 20
+
+_NO_WORD = "no word on how it was loaded"
 
 Outcome = tuple[Literal["ok", "wrong", "unparsed", "timeout", "killed", "infra_error"], str]
 
@@ -73,14 +78,24 @@ class CodeJudge:
         """
         run = self._judge_function if request.get("cases") is None else self._judge_program
         outcome = run(request)
-        return run(request) if outcome[0] == "killed" else outcome
+        if outcome[0] != "killed":
+            return outcome
+        self.pool.close()  # whoever ended that box may be ending those that wait, and they look alive a little longer
+        return run(request)
 
     def _judge_function(self, request: Mapping[str, Any]) -> Outcome:
-        tests, solution = self.pool.take(), None
+        solution, tests = self.pool.take(), None
         try:
-            solution = self.pool.take()
             deadline = time.monotonic() + self._timeout
-            return self._converse(tests, solution, request, deadline)
+            if (failure := self._load(solution, request, deadline)) is not None:
+                return failure
+            has_prelude = bool(request["prelude"].strip())
+            plain = None if has_prelude else plain_assertions(request["tests"], request["entry_point"])
+            if plain is not None:
+                return _compare(solution, plain, deadline)
+            started = time.monotonic()  # waiting for a box is not the solution's time
+            tests = self.pool.take()
+            return self._converse(tests, solution, request, deadline + time.monotonic() - started)
         except DeadlineError:
             return "timeout", f"no result in {self._timeout:g} s"
         except MisbehavedError as error:
@@ -90,48 +105,50 @@ class CodeJudge:
                 return "killed", "its result ended the process of the tests"
             return "infra_error", "the tests ended their own process before they called anything"
         finally:
-            tests.close()
-            if solution is not None:
-                solution.close()
+            solution.close()
+            if tests is not None:
+                tests.close()
 
-    def _converse(self, tests: Box, solution: Box, request: Mapping[str, Any], deadline: float) -> Outcome:
-        shared = {"prelude": request["prelude"], "entry_point": request["entry_point"]}
-        load = {"role": "solution", "code": request["code"], **shared}
+    def _load(self, solution: Box, request: Mapping[str, Any], deadline: float) -> Outcome | None:
+        """Has the solution's source run in its box; the verdict where that already fails."""
+        load = {"role": "solution", "code": request["code"], **_shared(request)}
         message_id = secrets.token_bytes(ID_BYTES)
         try:
             solution.send(message_id, encode(load), deadline)
-            tests.send(bytes(ID_BYTES), encode({"role": "tests", "tests": request["tests"], **shared}), deadline)
             self.pool.refill()
             loaded = _solution_says(solution, message_id, deadline)
         except EndedError:
             return _how_it_ended(solution, deadline, "while it was loaded")
+        if len(loaded) > MAX_WORD_BYTES:
+            return "wrong", _NO_WORD
         try:
             outcome = decode(loaded)
         except WireError as error:
             return "wrong", str(error)
-        if outcome != ["ok"]:
-            return ("unparsed" if _is_syntax_error(outcome) else "wrong"), _reason(outcome)
+        if outcome == ["ok"]:
+            return None
+        return ("unparsed" if _is_syntax_error(outcome) else "wrong"), _reason(outcome)
+
+    def _converse(self, tests: Box, solution: Box, request: Mapping[str, Any], deadline: float) -> Outcome:
+        """Passes calls and results between the two boxes until the tests have their verdict."""
+        job = encode({"role": "tests", "tests": request["tests"], **_shared(request)})
         num_calls = 0
-        while True:
-            try:
+        try:
+            tests.send(bytes(ID_BYTES), job, deadline)
+            self.pool.refill()
+            while True:
                 _, word = tests.read_frame(deadline)
                 kind, payload = word[:1], word[1:]
                 if kind == b"E":
                     break
-            except EndedError:
-                raise _TestsEndedError(has_data=num_calls > 0) from None
-            # A new id for every call: an answer written in advance, or meant for another call, does not have it.
-            message_id = secrets.token_bytes(ID_BYTES)
-            try:
-                solution.send(message_id, payload, deadline)
-                result = _solution_says(solution, message_id, deadline)
-            except EndedError:
-                return _how_it_ended(solution, deadline, f"in call {num_calls + 1}")
-            try:
+                try:
+                    result = _ask(solution, payload, deadline)
+                except EndedError:
+                    return _how_it_ended(solution, deadline, f"in call {num_calls + 1}")
                 tests.send(bytes(ID_BYTES), result, deadline)
-            except EndedError:
-                raise _TestsEndedError(has_data=num_calls > 0) from None
-            num_calls += 1
+                num_calls += 1
+        except EndedError:
+            raise _TestsEndedError(has_data=num_calls > 0) from None
         outcome = _tests_verdict(decode(payload))
         return _last_word(solution, deadline) if outcome[0] == "ok" else outcome
 
@@ -175,6 +192,30 @@ def normal_output(text: str) -> list[str]:
     return lines
 
 
+def _shared(request: Mapping[str, Any]) -> dict[str, str]:
+    return {"prelude": request["prelude"], "entry_point": request["entry_point"]}
+
+
+def _compare(solution: Box, assertions: Sequence[PlainAssertion], deadline: float) -> Outcome:
+    """The verdict by tests without code. Raises as Box does."""
+    for number, assertion in enumerate(assertions, 1):
+        try:
+            reason = assertion.why_wrong(_ask(solution, assertion.arguments, deadline))
+        except EndedError:
+            return _how_it_ended(solution, deadline, f"in call {number}")
+        if reason is not None:
+            return "wrong", reason
+    return _last_word(solution, deadline)
+
+
+def _ask(solution: Box, arguments: bytes, deadline: float) -> bytes:
+    """The solution's reply to one call. A new id for every call: an answer written in advance, or meant for another
+    call, does not have it."""
+    message_id = secrets.token_bytes(ID_BYTES)
+    solution.send(message_id, arguments, deadline)
+    return _solution_says(solution, message_id, deadline)
+
+
 def _solution_says(solution: Box, message_id: bytes, deadline: float) -> bytes:
     answer_id, payload = solution.read_frame(deadline)
     if answer_id != message_id:
@@ -188,12 +229,8 @@ def _last_word(solution: Box, deadline: float) -> Outcome:
     It is asked for one more answer, to no call at all: whatever else it wrote before comes out first, however slowly it
     was written. One that has ended by now owes nothing.
     """
-    message_id = secrets.token_bytes(ID_BYTES)
-    try:
-        solution.send(message_id, encode(None), deadline)
-        _solution_says(solution, message_id, deadline)
-    except EndedError:
-        pass
+    with contextlib.suppress(EndedError):
+        _ask(solution, encode(None), deadline)
     return ("wrong", "it wrote a result that nobody had asked for") if solution.has_spoken() else ("ok", "")
 
 
@@ -222,4 +259,4 @@ def _is_syntax_error(outcome: Any) -> bool:
 def _reason(outcome: Any) -> str:
     if isinstance(outcome, list) and len(outcome) == 3 and all(isinstance(part, str) for part in outcome):
         return f"{outcome[1]}: {outcome[2]}"[:300]
-    return "no word on how it was loaded"
+    return _NO_WORD

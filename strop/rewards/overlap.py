@@ -17,7 +17,7 @@ from strop.types import Completion, Task, Verdict
 class JudgingTime:
     """How long a rollout waited for its verdicts. Adds up over several rollouts of one step.
 
-    Example: JudgingTime(wait_seconds=0.1, judging_seconds=2.5, num_verdicts=64, num_open=3)
+    Example: JudgingTime(wait_seconds=0.1, judging_seconds=2.5, num_verdicts=64, num_open=3, num_shared=20)
     """
 
     wait_seconds: float = 0.0
@@ -27,6 +27,8 @@ class JudgingTime:
     num_verdicts: int = 0
     num_open: int = 0
     """Completions that still lacked a verdict when the last one was generated: the queue."""
+    num_shared: int = 0
+    """Of num_verdicts, those that another completion with the same text for the same task had got already."""
 
     def __add__(self, other: JudgingTime) -> JudgingTime:
         return JudgingTime(
@@ -34,6 +36,7 @@ class JudgingTime:
             judging_seconds=self.judging_seconds + other.judging_seconds,
             num_verdicts=self.num_verdicts + other.num_verdicts,
             num_open=self.num_open + other.num_open,
+            num_shared=self.num_shared + other.num_shared,
         )
 
     def metrics(self, step_seconds: float) -> dict[str, float]:
@@ -43,6 +46,7 @@ class JudgingTime:
             "time/reward_wait_share": self.wait_seconds / step_seconds,
             "time/verdicts_per_second": self.num_verdicts / max(self.judging_seconds, 1e-9),
             "verdicts_open": self.num_open,
+            "verdicts_shared": self.num_shared,
         }
 
 
@@ -111,6 +115,7 @@ class Scoring:
             judging_seconds=ended - (self._started or generated),
             num_verdicts=len(tasks) * len(columns),
             num_open=num_open,
+            num_shared=len(tasks) * len(self._executors) - len(self._asked),
         )
         return scores
 

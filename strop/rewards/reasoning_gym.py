@@ -13,7 +13,9 @@ from strop.rewards.reasoning_gym_text import RUNS_MODEL_TEXT
 from strop.rewards.worker import Reply, WorkerPool
 from strop.types import Completion, Task, Verdict
 
-MAX_ANSWER_CHARS = 4000
+MAX_ANSWER_CHARS = 16_000
+MAX_RUN_CHARS = 4_000
+"""Where the answer is run as Python."""
 SECONDS_TO_MAKE = 60.0
 """Of one question."""
 SOURCE_COLUMNS = ("dataset", "seed", "size", "index")
@@ -75,8 +77,8 @@ class ReasoningGymReward:
         for task, completion in zip(tasks, completions, strict=True):
             request = self._request(task)
             answer = answer_of(completion.text)
-            if answer is None or len(answer) > MAX_ANSWER_CHARS:
-                detail = "no answer" if answer is None else f"answer longer than {MAX_ANSWER_CHARS} characters"
+            if answer is None or (reason := why_too_long(answer, str(request["dataset"]))) is not None:
+                detail = "no answer" if answer is None else str(reason)
                 verdicts.append(Verdict(score=0.0, status="unparsed", detail=detail))
             else:
                 verdicts.append(None)
@@ -86,25 +88,15 @@ class ReasoningGymReward:
 
     def check_tasks(self, tasks: Sequence[Task]) -> None:
         """Raises ValueError, naming the task, when it is generated otherwise by the installed version, when its gold
-        does not get full marks, or when any text does. RuntimeError when the worker itself fails.
+        cannot be given by a completion or does not get full marks, or when any text does. RuntimeError when the worker
+        itself fails.
         """
-        requests = [self._request(task) | {"answer": None} for task in tasks]
+        requests = [self._request(task) | {"answer": _gold_as_given(task.columns)} for task in tasks]
         for task, reply in zip(tasks, self._ask(requests), strict=True):
             if reply.failure == "infra_error":
                 raise RuntimeError(f"reward {self.name!r}: {task.id}: {reply.detail}")
-            if reply.failure is not None:
-                raise ValueError(f"{task.id}: scoring the gold answer failed: {reply.detail}")
-            found = reply.value
-            question = task.columns.get("question")
-            if question is not None and question != found["question"]:
-                raise ValueError(
-                    f"{task.id}: made again, the question is another one: the tasks come from another version of "
-                    "reasoning-gym, or the dataset is not the same in every process"
-                )
-            if found["score"] < 1.0:
-                raise ValueError(f"{task.id}: the gold answer {found['gold']!r:.80} scores {found['score']:.2f}, not 1")
-            if found["floor"] >= 1.0:
-                raise ValueError(f"{task.id}: any text at all gets full marks from this dataset's scorer")
+            if (reason := _why_unfit(task.columns, reply)) is not None:
+                raise ValueError(f"{task.id}: {reason}")
 
     @property
     def num_parallel(self) -> int:
@@ -196,10 +188,57 @@ def make_entries(sources: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         pool.close()
 
 
+def why_unfit(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """For each row why its own answer, given by a completion, would not score 1, or None.
+
+    In a worker that makes the questions once more, and without a box: these answers are reasoning-gym's own.
+    """
+    pool = _pool(SECONDS_TO_MAKE, 1)
+    try:
+        sources = [{column: row[column] for column in SOURCE_COLUMNS} for row in rows]
+        requests = [source | {"answer": _gold_as_given(row)} for source, row in zip(sources, rows, strict=True)]
+        return [_why_unfit(row, reply) for row, reply in zip(rows, pool.map(requests), strict=True)]
+    finally:
+        pool.close()
+
+
+def _gold_as_given(columns: Mapping[str, Any]) -> str | None:
+    """A row's answer as a completion would give it; None where the row has none, for the gold that is made again."""
+    gold = columns.get("answer")
+    return None if gold is None else answer_of(f"<answer>{gold}</answer>") or ""
+
+
+def _why_unfit(columns: Mapping[str, Any], reply: Reply) -> str | None:
+    if reply.failure is not None:
+        return f"scoring the gold answer failed: {reply.detail}"
+    found = reply.value
+    if "failure" in found:
+        return f"the gold answer scores 0: {found['detail']}"
+    question, stated, gold = columns.get("question"), columns.get("answer"), str(found["gold"])
+    if question is not None and question != found["question"]:
+        return (
+            "made again, the question is another one: the tasks come from another version of reasoning-gym, or the "
+            "dataset is not the same in every process"
+        )
+    if stated is not None and str(stated) != gold:
+        return f"made again, the gold answer is {gold!r:.80}, not {stated!r:.80}"
+    given = answer_of(f"<answer>{gold}</answer>")
+    if given is None:
+        return "the gold answer is empty, and no answer scores nothing"
+    if (reason := why_too_long(given, str(columns["dataset"]))) is not None:
+        return f"the gold {reason}"
+    if found["score"] < 1.0:
+        return f"the gold answer {gold!r:.80} scores {found['score']:.2f}, not 1: {found['error']}"
+    if found["floor"] >= 1.0:
+        return "any text at all gets full marks from this dataset's scorer"
+    return None
+
+
 def _pool(timeout: float, num_workers: int | None) -> WorkerPool:
     return WorkerPool(
         "strop.rewards.reasoning_gym_worker",
         timeout=timeout,
+        prepare_timeout=SECONDS_TO_MAKE,
         num_workers=num_workers,
         environment={"PYTHONHASHSEED": "0"},  # as in boxes
     )
@@ -219,6 +258,11 @@ def check_dataset(dataset: str, where: str) -> None:
     """ValueError for composite, which can hold every other dataset and so escapes what is known of each."""
     if dataset == "composite":
         raise ValueError(f"{where}: reasoning-gym's 'composite' cannot be judged: name the datasets themselves")
+
+
+def why_too_long(answer: str, dataset: str) -> str | None:
+    most = MAX_RUN_CHARS if dataset in RUNS_MODEL_TEXT else MAX_ANSWER_CHARS
+    return f"answer is longer than {most} characters" if len(answer) > most else None
 
 
 def answer_of(text: str) -> str | None:

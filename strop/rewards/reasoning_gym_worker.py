@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from strop.rewards.reasoning_gym_text import why_not_run
@@ -15,13 +16,21 @@ NOT_AN_ANSWER = ("zzz", "-", "I do not know.", "0 1 2 3", "9**9")
 
 
 def main() -> None:
-    serve(_make_handler, respawn=True, memory_bytes=MEMORY_BYTES)
+    serve(_make_handler, respawn=True, memory_bytes=MEMORY_BYTES, prepare=prepare)
 
 
 def _make_handler() -> Handler:
     import reasoning_gym  # noqa: F401  # before the fork: it takes seconds
 
     return answer_request
+
+
+def prepare(request: dict[str, Any]) -> None:
+    """Makes the question, and marks what is no answer: seconds in some datasets, and not the answer's own."""
+    key = (request["dataset"], request["seed"], request["size"], request["index"])
+    _entry(*key)
+    if "answer" in request:
+        _floor(*key)
 
 
 def answer_request(request: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def score(request: dict[str, Any]) -> dict[str, Any]:
     elif refusal is not None:
         mark, error = 0.0, refusal
     else:
-        mark, error = _mark(dataset, entry, answer)
+        mark, error = _mark(request["dataset"], dataset, entry, answer)
     return {"score": mark, "floor": _floor(*key), "error": error, "question": entry["question"], "gold": gold}
 
 
@@ -64,14 +73,24 @@ def _entry(name: str, seed: int, size: int, index: int) -> tuple[Any, dict[str, 
 
 @functools.lru_cache(maxsize=4096)
 def _floor(name: str, seed: int, size: int, index: int) -> float:
-    return max(_mark(*_entry(name, seed, size, index), text)[0] for text in NOT_AN_ANSWER)
+    *others, best = sorted(_mark(name, *_entry(name, seed, size, index), text)[0] for text in NOT_AN_ANSWER)
+    # One alone may be right by accident: "9**9", of which a scorer reads the last number, where the answer is 9.
+    return others[-1] if best >= 1.0 > others[-1] else best
 
 
-def _mark(dataset: Any, entry: dict[str, Any], answer: str) -> tuple[float, str]:
+def _mark(name: str, dataset: Any, entry: dict[str, Any], answer: str) -> tuple[float, str]:
     """A scorer that raises has not understood the answer: no mark."""
     try:
-        return float(dataset.score_answer(answer=answer, entry=entry)), ""
+        mark = float(dataset.score_answer(answer=answer, entry=entry))
+        if name == "puzzle24" and not _uses_the_numbers(answer, entry):
+            return 0.0, "not the four numbers of the question"
+        return mark, ""
     except MemoryError:
         raise
     except Exception as error:
         return 0.0, last_line(error)
+
+
+def _uses_the_numbers(answer: str, entry: dict[str, Any]) -> bool:
+    """puzzle24's own scorer counts the numbers and does not look which: 1*3*5 + 9 would solve every puzzle."""
+    return sorted(map(int, re.findall(r"\d+", answer))) == sorted(entry["metadata"]["numbers"])

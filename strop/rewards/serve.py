@@ -21,12 +21,21 @@ _SELF_DESTRUCT_GRACE = 1.0
 """Seconds after the parent's own deadline at which the kernel ends a worker whose parent is gone."""
 
 
-def serve(make_handler: Callable[[], Handler], *, respawn: bool, memory_bytes: int | None = None) -> None:
+def serve(
+    make_handler: Callable[[], Handler],
+    *,
+    respawn: bool,
+    memory_bytes: int | None = None,
+    prepare: Callable[[Any], object] | None = None,
+) -> None:
     """Answers requests from stdin until its end, with the handler that make_handler() builds once.
 
     With respawn this process only does the imports: it forks the one that answers, and forks another whenever that one
     is killed by a signal, so that a kill costs milliseconds instead of the imports. make_handler must then leave no
     threads behind. Prints of the handler go to stderr, so that they cannot be taken for replies.
+
+    prepare gets each request before the handler does, and the request's deadline begins behind it: for work that is not
+    the answer's, such as making its question again. The pool must have a prepare_timeout.
     """
     requests, replies = os.dup(0), os.dup(1)
     with open(os.devnull) as null:
@@ -48,8 +57,12 @@ def serve(make_handler: Callable[[], Handler], *, respawn: bool, memory_bytes: i
     _write(replies, {"hello": os.getpid()})
     for request in _read_requests(requests):
         # Bounds this process even when the parent was kill -9ed in the middle of the request.
-        signal.setitimer(signal.ITIMER_REAL, request["timeout"] + _SELF_DESTRUCT_GRACE)
         try:
+            if prepare is not None:
+                signal.setitimer(signal.ITIMER_REAL, request["prepare_timeout"] + _SELF_DESTRUCT_GRACE)
+                prepare(request["value"])
+                _write(replies, {"id": request["id"], "prepared": True})
+            signal.setitimer(signal.ITIMER_REAL, request["timeout"] + _SELF_DESTRUCT_GRACE)
             reply = {"id": request["id"], "value": handler(request["value"])}
         except MemoryError:
             # Caches of earlier requests may hold the memory: the parent tries once more in a fresh process.

@@ -61,17 +61,21 @@ class WorkerPool:
         num_workers: int | None = None,
         arguments: Sequence[str] = (),
         start_timeout: float = 120.0,
+        prepare_timeout: float | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """timeout and start_timeout in seconds; num_workers defaults to the cores, at most 2. environment's variables
-        are set in the workers beside this process's own."""
+        """timeout and start_timeout in seconds; num_workers defaults to the cores, at most 2. Where the worker prepares
+        a request before it looks at what a model wrote (serve.serve), that may take prepare_timeout seconds, which are
+        not the request's. environment's variables are set in the workers beside this process's own."""
         if num_workers is None:
             num_workers = min(2, os.cpu_count() or 1)
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {num_workers}")
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}")
-        self._workers = [_Worker(module, arguments, timeout, start_timeout, environment) for _ in range(num_workers)]
+        self._workers = [
+            _Worker(module, arguments, timeout, start_timeout, prepare_timeout, environment) for _ in range(num_workers)
+        ]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in reversed(self._workers):
             self._idle.put(worker)
@@ -136,6 +140,10 @@ class _DeadlineError(Exception):
     pass
 
 
+class _NotPreparedError(Exception):
+    pass
+
+
 class _DiedError(Exception):
     pass
 
@@ -149,12 +157,14 @@ class _Worker:
         arguments: Sequence[str],
         timeout: float,
         start_timeout: float,
+        prepare_timeout: float | None,
         environment: Mapping[str, str] | None,
     ) -> None:
         self._module = module
         self._arguments = tuple(arguments)
         self._timeout = timeout
         self._start_timeout = start_timeout
+        self._prepare_timeout = prepare_timeout
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._answering_pid: int | None = None
@@ -174,11 +184,18 @@ class _Worker:
                 try:
                     self.ensure_ready()
                     started = time.monotonic()
-                    message = self._exchange(request, started + self._timeout)
+                    self._send_request(request, started + self._timeout)
+                    if self._prepare_timeout is not None:
+                        self._wait_until_prepared(started + self._prepare_timeout)
+                        started = time.monotonic()
+                    message = self._read_reply(started + self._timeout)
                 except _DiedError:
                     continue
                 except _CannotStartError as error:
                     return reply(None, "infra_error", str(error))
+                except _NotPreparedError:
+                    self._kill_answering()
+                    return reply(None, "infra_error", f"not ready to judge in {self._prepare_timeout:g} s")
                 except _DeadlineError:
                     self._kill_answering()
                     return reply(None, "timeout", f"no result in {self._timeout:g} s; the worker was killed")
@@ -236,10 +253,22 @@ class _Worker:
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
 
-    def _exchange(self, request: Any, deadline: float) -> Any:
+    def _send_request(self, request: Any, deadline: float) -> None:
         self._next_id += 1
-        line = json.dumps({"id": self._next_id, "timeout": self._timeout, "value": request}) + "\n"
-        self._send(line.encode(), deadline)
+        times = {"timeout": self._timeout, "prepare_timeout": self._prepare_timeout}
+        self._send((json.dumps({"id": self._next_id, **times, "value": request}) + "\n").encode(), deadline)
+
+    def _wait_until_prepared(self, deadline: float) -> None:
+        """Until the worker says so, once. An error or a reply instead stays for _read_reply."""
+        try:
+            message = self._read_reply(deadline)
+        except _DeadlineError:
+            raise _NotPreparedError from None
+        if "prepared" not in message:
+            self._messages.insert(0, message)
+
+    def _read_reply(self, deadline: float) -> Any:
+        """What the worker has to say next about the request that was sent last."""
         while True:
             message = self._read_message(deadline)
             if "hello" in message:

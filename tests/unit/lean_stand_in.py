@@ -4,9 +4,11 @@ It speaks their protocol and command lines, and knows no logic: sums of numbers,
 it accepts says nothing about Lean.
 """
 
+import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import time
 
@@ -45,6 +47,18 @@ def proves(text):
             for path in (os.environ.get("STROP_SECRET", ""), "/etc/passwd", "/root"):
                 if path and os.path.exists(path):
                     return statement, axioms, None
+        elif tactic == "dial":
+            with contextlib.suppress(OSError), socket.socket():  # not even one that is connected to nobody
+                return statement, axioms, None
+        elif tactic == "fork":
+            with contextlib.suppress(OSError):
+                if os.fork() == 0:
+                    os._exit(0)
+                return statement, axioms, None
+        elif tactic == "hoard":
+            with contextlib.suppress(MemoryError):
+                bytearray(4 << 30)
+                return statement, axioms, None
         elif tactic == "leave":
             with open(os.path.join(os.environ["LEAN_PATH"].split(":")[0], "left"), "w"):
                 pass

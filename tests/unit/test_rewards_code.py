@@ -20,8 +20,12 @@ import pytest
 
 from strop.rewards import load_reward, load_rewards
 from strop.rewards.code import CodeReward
+from strop.rewards.code_tests import plain_assertions
 from strop.rewards.code_text import program
+from strop.rewards.code_worker import CodeJudge
+from strop.rewards.sandbox.box import Box, BoxPool, BoxSettings, Launcher
 from strop.rewards.sandbox.canary import canary
+from strop.rewards.sandbox.guest import encode
 from strop.types import Completion, Task, Verdict
 
 pytestmark = pytest.mark.usefixtures("sandbox_works")
@@ -37,7 +41,18 @@ def check(candidate):
     assert abs(candidate(123.456) - 0.456) < 1e-6
 """,
 }
+PLAIN_TRUNCATE = {
+    "entry_point": "truncate_number",
+    "tests": """
+assert truncate_number(3.5) == 0.5
+assert candidate(1.33) == 0.33000000000000007
+assert truncate_number(123.456) == 0.45600000000000307
+""",
+}
+"""The same without code, so that the judge itself compares."""
 INCREMENT = {"entry_point": "f", "tests": "assert f(1) == 2\nassert f(-5) == -4"}
+BOXED_INCREMENT = {"entry_point": "f", "tests": INCREMENT["tests"] + "\npass"}
+"""The same with a line of code, so that the tests have a box."""
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +326,14 @@ def truncate_number(n):
             except OSError: pass
         def truncate_number(n): return n % 1.0
     """,
+    "a word on loading that is slow to read": GUEST
+    + """
+job = sys._getframe().f_back.f_locals
+count = 60000
+items = b"".join(b"i" + (11).to_bytes(4, "big") + (n * (2 ** 61 - 1)).to_bytes(11, "big") + b"N" for n in range(count))
+guest["write_frame"](job["replies"], job["message_id"], b"d" + count.to_bytes(4, "big") + items)
+def truncate_number(n): return n % 1.0
+""",
     "no result at all": "def truncate_number(n): pass",
     "an exception named like the verdict": "class passed(Exception): pass\ndef truncate_number(n): raise passed(0)",
 }
@@ -321,10 +344,13 @@ def test_there_are_the_thirteen_hacks_and_more():
 
 
 @pytest.mark.parametrize("name", HACKS)
-def test_a_reward_hack_earns_nothing(reward, name):
-    verdict = judge(reward, TRUNCATE, HACKS[name])
+@pytest.mark.parametrize("columns", [TRUNCATE, PLAIN_TRUNCATE], ids=["boxed", "plain"])
+def test_a_reward_hack_earns_nothing(reward, columns, name):
+    assert (plain_assertions(columns["tests"], columns["entry_point"]) is None) == (columns is TRUNCATE)
+    verdict = judge(reward, columns, HACKS[name])
     assert verdict.score == 0.0, name
     assert verdict.status in ("wrong", "killed")
+    assert verdict.milliseconds < 8_000  # also the judge's own process reads nothing that holds it up
 
 
 def test_the_hack_with_precomputed_answers_would_pass_without_the_ids(reward):
@@ -351,6 +377,105 @@ def truncate_number(n): return n % 1.0
 )
 def test_a_program_cannot_find_the_expected_output(reward, code):
     assert judge(reward, {"cases": [{"input": "", "output": "38917463"}]}, code).status == "wrong"
+
+
+SAME_VERDICT = {
+    "right": "return x + 1",
+    "wrong": "return x",
+    "an equal float": "return float(x + 1)",
+    "an equal bool": "return True if x == 0 else x + 1",
+    "not a number": "return float('nan')",
+    "an exception": "raise KeyError(x)",
+    "an exception of its own": "class Odd(Exception): pass\n    raise Odd",
+    "an end in the call": "import os; os._exit(0)",
+    "a crash": "import ctypes; ctypes.string_at(0)",
+    "no end": "while True: pass",
+    "an object": "return object()",
+    "a generator": "yield x + 1",
+    "a long text": "return 'x' * 500_000",
+    "deep lists": "v = []\n    for _ in range(200): v = [v]\n    return v",
+    "right once": "f.calls = getattr(f, 'calls', 0) + 1; return x + 1 if f.calls < 3 else None",
+}
+
+
+@pytest.mark.parametrize("name", SAME_VERDICT)
+def test_tests_without_code_are_compared_as_their_box_would(reward, name):
+    tests = "assert f(0) == 1\nassert f(-1) == 0\nassert f(x=7) == 8"
+    code = f"def f(x):\n    {SAME_VERDICT[name]}"
+    plain = judge(reward, {"entry_point": "f", "tests": tests}, code)
+    boxed = judge(reward, {"entry_point": "f", "tests": tests + "\npass"}, code)
+    assert (plain.status, plain.score) == (boxed.status, boxed.score), (plain, boxed)
+    assert (plain.status == "ok") == (name in ("right", "an equal float", "an equal bool"))
+
+
+@pytest.mark.parametrize(
+    ("tests", "count"),
+    [
+        ("assert f(1) == 2", 1),
+        ("assert f(1) == 2\n\n# a comment\nassert candidate([1, {'a': (2,)}], b=-1.5) == {1: {2}}", 2),
+        ("assert f() == None", 1),
+        ("", None),
+        ("pass", None),
+        ("assert f(1) == 2; x = 1", None),
+        ("assert f(1) == 2, 'message'", None),
+        ("assert f(1) != 2", None),
+        ("assert 2 == f(1)", None),
+        ("assert f(1) == 2 == 2", None),
+        ("assert g(1) == 2", None),
+        ("assert f(1) == g(1)", None),
+        ("assert f(1 + 1) == 2", None),
+        ("assert f(*[1]) == 2", None),
+        ("assert f(**{'x': 1}) == 2", None),
+        ("assert f(f(1)) == 3", None),
+        ("assert f(1).x == 2", None),
+        ("assert f(1)[0] == 2", None),
+        ("assert not f(1) == 2", None),
+        ("if True: assert f(1) == 2", None),
+        (f"assert f(1) == '{'x' * 2000}'", None),
+        ("assert f(1) == ...", None),
+        (f"assert f({'[' * 70}{']' * 70}) == 2", None),
+        ("assert f(1) ==", None),
+    ],
+)
+def test_which_tests_hold_no_code(tests, count):
+    found = plain_assertions(tests, "f")
+    assert (None if found is None else len(found)) == count
+
+
+def test_a_reply_that_could_not_be_equal_is_not_read():
+    """At a size at which an equal value, written as wastefully as it can be, is still read."""
+    wasteful = [complex(1)] * 300
+    found = plain_assertions(f"assert f() == {[True] * 300}", "f")
+    assert found is not None
+    (assertion,) = found
+    assert assertion.why_wrong(encode(["value", wasteful])) is None
+    assert assertion.why_wrong(b"l" + bytes(100_000)) == "AssertionError"  # not even that it is no message
+    assert assertion.why_wrong(b"l\xff") is not None and assertion.why_wrong(encode(["value"])) == "broken reply"
+
+
+def test_boxes_are_only_taken_where_there_is_code_to_run():
+    class Counting(BoxPool):
+        taken = 0
+
+        def take(self) -> Box:
+            self.taken += 1
+            return super().take()
+
+    pool = Counting(Launcher(BoxSettings()), size=0)
+    judged = CodeJudge(pool, timeout=5.0)
+    try:
+        for tests, code, boxes, status in (
+            (INCREMENT, "def f(x): return x + 1", 1, "ok"),
+            (BOXED_INCREMENT, "def f(x): return x + 1", 2, "ok"),
+            (BOXED_INCREMENT, "def f(x:", 1, "unparsed"),
+            (BOXED_INCREMENT, "import nothing_of_the_kind", 1, "wrong"),
+            ({**INCREMENT, "prelude": "import math"}, "def f(x): return x + 1", 2, "ok"),
+        ):
+            pool.taken = 0
+            assert judged.judge({"prelude": "", "code": code, **tests})[0] == status
+            assert pool.taken == boxes, code
+    finally:
+        pool.close()
 
 
 # ---------------------------------------------------------------------------------------------- faults that are not its
@@ -403,15 +528,16 @@ def test_stop_iteration_does_not_end_the_tests_early(reward):
     assert judge(reward, columns, "def f(x): return x + 1").status == "ok"
 
 
-def end_all(pids: list[int]) -> None:
-    """The newest first: were the box that works ended before those that wait, its program would get one of them for
-    its second try, and lose that too."""
-    for pid in sorted(pids, reverse=True):
+def end_all(pids: list[int], oldest_first: bool) -> None:
+    for pid in sorted(pids, reverse=not oldest_first):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_boxes_that_somebody_ends_cost_nobody_a_verdict():
+@pytest.mark.parametrize("oldest_first", [False, True])
+@pytest.mark.parametrize("columns", [INCREMENT, BOXED_INCREMENT], ids=["plain", "boxed"])
+def test_boxes_that_somebody_ends_cost_nobody_a_verdict(columns, oldest_first):
+    """Those that wait and those that work, in either order: a second try must not get one that is about to end."""
     made = CodeReward(num_workers=1, timeout=30.0)
     try:
         worker = made._pool._workers[0]._process
@@ -419,11 +545,11 @@ def test_boxes_that_somebody_ends_cost_nobody_a_verdict():
         right = answer("```\nimport time\ndef f(x):\n    time.sleep(0.5)\n    return x + 1\n```")
         for delay in (0.0, 0.5):  # while they wait, and while one of them works
             assert wait_until(lambda: len(boxes_of(worker.pid)) >= 4)
-            killer = threading.Timer(delay, end_all, (descendants(worker.pid),))
+            killer = threading.Timer(delay, end_all, (descendants(worker.pid), oldest_first))
             killer.start()
             if not delay:
                 killer.join()
-            (verdict,) = made.score([task(INCREMENT)], [right])
+            (verdict,) = made.score([task(columns)], [right])
             assert verdict.status == "ok", verdict
             killer.join()
     finally:

@@ -265,6 +265,9 @@ def test_a_proof_is_right_after_repl_axioms_compiler_and_replay(lean: LeanReward
         ("stall", "timeout", "no verdict in 3 s"),
         ("peek", "wrong", "unsolved goals"),
         ("leave", "killed", "ended"),
+        ("dial", "wrong", "unsolved goals"),
+        ("fork", "wrong", "unsolved goals"),
+        ("hoard", "wrong", "unsolved goals"),
     ],
 )
 def test_everything_else_scores_nothing_and_the_next_proof_is_judged(
@@ -275,6 +278,23 @@ def test_everything_else_scores_nothing_and_the_next_proof_is_judged(
     assert detail in said
     assert judged(lean, "rfl", ": 2 + 3 = 5") == (1.0, "ok", "")
     assert not list((lean_place / "project" / "lib").iterdir())
+
+
+def test_a_repl_serves_a_stated_number_of_proofs(lean_place: Path, sandbox_works):
+    reward = LeanReward(
+        **options(lean_place), timeout=3.0, start_timeout=30.0, memory_mb=1024, num_workers=1, recycle_after=3
+    )
+    try:
+        served: list[set[str]] = []
+        for _ in range(4):
+            assert judged(reward, "rfl") == (1.0, "ok", "")
+            served.append(processes(lean_place))
+        always = set.intersection(*served)  # the worker, and the fixture's
+        first, second, third, fourth = (found - always for found in served)
+        # Loading the header was the first of the three uses.
+        assert first and first == second and third and not second & third and third == fourth
+    finally:
+        reward.close()
 
 
 def test_a_false_statement_has_no_proof(lean: LeanReward):

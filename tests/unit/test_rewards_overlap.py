@@ -70,6 +70,7 @@ def test_a_completion_is_judged_while_others_are_still_to_come_and_equal_texts_o
         scores = scoring.finish()
     assert [one.reward for one in scores] == [2.0] * 3
     assert [text for text, _, _ in reward.asked] == ["aa", "aa"]
+    assert scoring.time.num_verdicts == 3 and scoring.time.metrics(1.0)["verdicts_shared"] == 1
     assert reward.asked[0][1] < generated and reward.asked[0][2].startswith("score-watched")
 
 
@@ -81,7 +82,7 @@ def test_a_reward_that_cannot_be_asked_early_sees_one_batch_at_the_end() -> None
         assert not reward.asked
         assert [one.reward for one in scoring.finish()] == [0.0, 1.0, 2.0]
     assert {thread for _, _, thread in reward.asked} == {threading.current_thread().name}
-    assert scoring.time.num_open == 3
+    assert scoring.time.num_open == 3 and scoring.time.num_shared == 0
 
 
 def test_the_wait_is_what_comes_after_the_last_completion() -> None:

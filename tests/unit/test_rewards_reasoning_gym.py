@@ -50,8 +50,55 @@ def test_an_irrelevant_answer_scores_nothing_also_where_reasoning_gym_pays_for_a
     reward.close()
 
 
+def test_a_text_that_is_right_by_accident_is_no_sign_of_a_scorer_that_pays_for_any_text(reward):
+    # gsm_symbolic's scorer reads the last number, and the answer to this question is 9: "9**9" is right.
+    columns = {"dataset": "gsm_symbolic", "seed": 0, "size": 50, "index": 16}
+    task = Task(id="t:1", prompt="?", columns=columns)
+    reward.check_tasks([task])
+    verdicts = reward.score([task] * 2, [completion("9"), completion("8")])
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0]
+
+
+def test_puzzle24_wants_the_numbers_of_its_own_question(reward, evaluated_tasks):
+    # Its scorer pays for any four numbers that make 24.
+    task = next(task for task in evaluated_tasks if task.columns["dataset"] == "puzzle24")
+    for text in ("1*3*5 + 9", "6*4*1*1", "(8 - 4)*6*1", "24", f"{task.columns['answer']} + 0"):
+        assert reward.score([task], [completion(text)])[0].score == 0.0, text
+    assert reward.score([task], [completion(task.columns["answer"])])[0].score == 1.0
+
+
+def test_questions_whose_own_answer_scores_nothing_are_left_out_of_a_suite():
+    # intermediate_integration's answers to these two are unsolved: "3*Integral(x**3*cos(3*x), x) + C".
+    with pytest.warns(UserWarning, match=r"2 of 12 questions are left out.*intermediate_integration 5: .*Integral"):
+        suite = load_suite("reasoning_gym:intermediate_integration", size=12, seed=0)
+    assert [row["index"] for row in suite.rows] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 11]
+    # An empty gold, which no completion can give.
+    with pytest.warns(UserWarning, match=r"1 of 50 .*ab 18: the gold answer is empty"):
+        assert len(load_suite("reasoning_gym:ab", size=50, seed=0).rows) == 49
+    with pytest.raises(ValueError, match="no question of reasoning-gym's 'game_of_life_halting' can be judged"):
+        load_suite("reasoning_gym:game_of_life_halting", size=5)
+
+
+def test_a_long_answer_is_read_where_it_is_only_compared(reward):
+    columns = {"dataset": "tower_of_hanoi", "seed": 0, "size": 50, "index": 6}
+    (row,) = [row for row in load_suite("reasoning_gym:tower_of_hanoi", size=50).rows if row["index"] == 6]
+    assert len(row["answer"]) > 4000
+    task = Task(id="t:1", prompt="?", columns={**columns, "answer": row["answer"]})
+    assert reward.score([task], [completion(row["answer"])])[0].score == 1.0
+    assert reward.score([task], [completion("1" * 17_000)])[0].status == "unparsed"
+
+
+def test_making_a_question_again_is_not_the_answers_time():
+    """sokoban takes seconds to draw some of its puzzles, and this reward gives an answer a fraction of one."""
+    reward = ReasoningGymReward(num_workers=1, timeout=0.3)
+    columns = {"dataset": "sokoban", "seed": 0, "size": 50, "index": 11}
+    (verdict,) = reward.score([Task(id="t:1", prompt="?", columns=columns)], [completion("zzz")])
+    reward.close()
+    assert verdict.status == "wrong" and verdict.milliseconds < 300, verdict
+
+
 def test_no_answer_is_unparsed(reward, tasks):
-    texts = ["", "  ", "<answer></answer>", "<answer>" + "1" * 5000]
+    texts = ["", "  ", "<answer></answer>", "<answer>" + "1" * 17_000]
     verdicts = reward.score(tasks[:4], [completion(text) for text in texts])
     assert [(verdict.score, verdict.status) for verdict in verdicts] == [(0.0, "unparsed")] * 4
 
@@ -229,6 +276,9 @@ def test_what_people_write_may_be_scored(dataset, answer):
         ({"dataset": "game_of_life_halting", "seed": 0, "size": 2, "index": 0}, "any text at all"),
         ({"dataset": "chain_sum", "seed": 0, "size": 2, "index": 0, "question": "1 + 1?"}, "question is another one"),
         ({"dataset": "rubiks_cube", "seed": 0, "size": 2, "index": 0}, "not 1"),
+        ({"dataset": "chain_sum", "seed": 0, "size": 2, "index": 0, "answer": "7"}, "the gold answer is '"),
+        ({"dataset": "ab", "seed": 0, "size": 50, "index": 18}, "empty"),
+        ({"dataset": "intermediate_integration", "seed": 0, "size": 50, "index": 5}, "scores 0"),
         ({"dataset": "chain_sum", "seed": 0}, "lacks size, index"),
     ],
 )

@@ -44,8 +44,17 @@ def make_handler():
         return request.get("echo")
     return handle
 
+def prepare(request):
+    if "prepare_error" in request: raise KeyError("no such question")
+    time.sleep(request.get("prepare", 0))
+
 def main():
-    serve(make_handler, respawn="respawn" in sys.argv, memory_bytes=(1 << 28) if "limit" in sys.argv else None)
+    serve(
+        make_handler,
+        respawn="respawn" in sys.argv,
+        memory_bytes=(1 << 28) if "limit" in sys.argv else None,
+        prepare=prepare if "prepare" in sys.argv else None,
+    )
 """
 
 
@@ -56,8 +65,15 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     pools: list[WorkerPool] = []
 
-    def make(*arguments: str, timeout: float = 20.0, num_workers: int = 1, module: str = "toy_worker") -> WorkerPool:
-        pools.append(WorkerPool(module, timeout=timeout, num_workers=num_workers, arguments=arguments))
+    def make(
+        *arguments: str,
+        timeout: float = 20.0,
+        prepare_timeout: float | None = None,
+        num_workers: int = 1,
+        module: str = "toy_worker",
+    ) -> WorkerPool:
+        times: dict[str, Any] = {"timeout": timeout, "prepare_timeout": prepare_timeout}
+        pools.append(WorkerPool(module, num_workers=num_workers, arguments=arguments, **times))
         return pools[-1]
 
     yield make
@@ -103,6 +119,24 @@ def test_a_hang_in_one_c_call_is_killed_and_the_next_request_is_answered(toy, mo
     assert 500 <= hung.milliseconds < 2000
     assert "0.5 s" in hung.detail
     assert (fine.failure, fine.value) == (None, 5)
+
+
+@MODES
+def test_what_the_worker_prepares_is_not_the_requests_time(toy, mode):
+    pool = toy(mode, "prepare", timeout=0.4, prepare_timeout=5.0)
+    slow, hung, fine = pool.map([{"prepare": 1.0, "echo": 1}, {"prepare": 0.6, "sleep": 60}, {"echo": 2}])
+    assert (slow.failure, slow.value) == (None, 1) and slow.milliseconds < 400
+    assert hung.failure == "timeout" and hung.milliseconds < 1000
+    assert (fine.failure, fine.value) == (None, 2)
+
+
+@MODES
+def test_a_request_that_cannot_be_prepared_is_an_infra_error(toy, mode):
+    pool = toy(mode, "prepare", timeout=5.0, prepare_timeout=0.4)
+    hung, broken, fine = pool.map([{"prepare": 60, "echo": 1}, {"prepare_error": True}, {"echo": 2}])
+    assert (hung.failure, hung.detail) == ("infra_error", "not ready to judge in 0.4 s")
+    assert (broken.failure, broken.detail) == ("infra_error", "KeyError: 'no such question'")
+    assert (fine.failure, fine.value) == (None, 2)
 
 
 @MODES

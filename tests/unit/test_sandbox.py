@@ -145,9 +145,10 @@ def bait() -> Iterator[Bait]:
     del os.environ["STROP_TEST_SECRET"]
 
 
-def judge(bait: Bait, body: str, *, is_flood: bool = False) -> Verdict:
+def judge(bait: Bait, body: str, *, is_flood: bool = False, is_plain: bool = True) -> Verdict:
     """Runs the body inside f, or inside attack, whose success f rewards."""
-    columns = {"entry_point": "f", "tests": "assert f(1) == 2"}
+    tests = "assert f(1) == 2" if is_plain else "assert f(1) == 2\npass"  # compared by the judge, or in a box
+    columns = {"entry_point": "f", "tests": tests}
     code = f"{bait.header}\ndef {'f(x)' if is_flood else 'attack()'}:\n{textwrap.indent(body, '    ')}\n"
     code += "" if is_flood else "def f(x): return x + 1 if attack() else None"
     text = f"```python\n{code}\n```"
@@ -177,9 +178,10 @@ def test_an_escape_does_not_come_off(bait, name):
 
 
 @pytest.mark.parametrize("name", FLOODS)
-def test_a_flood_is_ended_and_scores_nothing(bait, name):
+@pytest.mark.parametrize("is_plain", [False, True], ids=["boxed", "plain"])
+def test_a_flood_is_ended_and_scores_nothing(bait, is_plain, name):
     body, status = FLOODS[name]
-    verdict = judge(bait, body, is_flood=True)
+    verdict = judge(bait, body, is_flood=True, is_plain=is_plain)
     assert verdict.score == 0.0 and verdict.status != "infra_error", verdict
     assert status in (verdict.status, "any"), verdict
     assert verdict.milliseconds < 30_000

@@ -376,6 +376,7 @@ class BoxPool:
             self._boxes.append(self._launcher.start())
 
     def close(self) -> None:
+        """Ends the boxes that wait. The pool can go on: it starts others."""
         while self._boxes:
             self._boxes.pop().close()
 
