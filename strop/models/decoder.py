@@ -162,8 +162,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        x_TD = x_TD + self.attention(x_TD, rope, plan)
-        return x_TD + self.mlp(x_TD)
+        # In place: nobody else needs the two products, and two more tensors of this size would leave holes in the heap.
+        x_TD = self.attention(x_TD, rope, plan).add_(x_TD)
+        return self.mlp(x_TD).add_(x_TD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,8 +157,9 @@ class _NormLinear(torch.autograd.Function):
         down_RD: Tensor | None,
         up_ER: Tensor | None,
     ) -> Tensor:
+        y_TE = _room_for_product(x_TD, weight)
         normed_TD = _normed(x_TD, norm_weight, eps)
-        y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER)
+        y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER, out=y_TE)
         ctx.save_for_backward(x_TD, norm_weight, weight, down_RD, up_ER, inner_TR)
         ctx.eps = eps
         return y_TE
@@ -181,11 +182,22 @@ class _NormLinear(torch.autograd.Function):
         return dx, dnorm, dweight, grad_TE.sum(0) if needs_bias else None, None, ddown, dup
 
 
+def _room_for_product(x_TD: Tensor, weight: Tensor) -> Tensor:
+    """Where x W^T will go. Taken from the heap before what is let go sooner, so that no hole is left below it."""
+    return x_TD.new_empty(x_TD.shape[0], weight.shape[0])
+
+
 def _lora_forward(
-    x_TD: Tensor, weight: Tensor, bias: Tensor | None, down_RD: Tensor | None, up_ER: Tensor | None
+    x_TD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down_RD: Tensor | None,
+    up_ER: Tensor | None,
+    *,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """(lora_linear, x down^T)."""
-    y_TE = F.linear(x_TD, weight, bias)
+    """(lora_linear, in `out`; x down^T)."""
+    y_TE = torch.mm(x_TD, weight.T, out=out) if bias is None else torch.addmm(bias, x_TD, weight.T, out=out)
     if down_RD is None or up_ER is None:
         return y_TE, None
     inner_TR = x_TD @ down_RD.T
@@ -270,7 +282,8 @@ class _SwigluLinear(torch.autograd.Function):
         down_RI: Tensor | None,
         up_DR: Tensor | None,
     ) -> Tensor:
-        y_TD, inner_TR = _lora_forward(_gated(gate_up_TI), weight, bias, down_RI, up_DR)
+        y_TD = _room_for_product(gate_up_TI, weight)
+        y_TD, inner_TR = _lora_forward(_gated(gate_up_TI), weight, bias, down_RI, up_DR, out=y_TD)
         ctx.save_for_backward(gate_up_TI, weight, down_RI, up_DR, inner_TR)
         return y_TD
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from strop.native import train as native
 from strop.optim import eight_bit
 from strop.optim.eight_bit import Moments
+from strop.optim.own_pages import fill_lasting_, lasting_zeros
 from strop.optim.split import SplitMaster
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -161,8 +162,12 @@ class AdamW:
             for group in self._inner.param_groups:
                 group["lr"] = lr
                 for master in group["params"]:
-                    if grad_scale != 1.0 and master.grad is not None:
+                    if master.grad is None:
+                        continue
+                    if grad_scale != 1.0:
                         master.grad.mul_(grad_scale)
+                    if not self._inner.state[master] and master.is_contiguous():
+                        self._inner.state[master] = _lasting_moments(master)
             self._inner.step()
         self._round_masters()
 
@@ -228,7 +233,7 @@ class AdamW:
             moments: dict[str, Tensor] = {}
             if f"step.{name}" in expected:
                 keys = eight_bit.layout(parameter) if self._has_8bit(parameter) else ("step", "exp_avg", "exp_avg_sq")
-                moments = {key: state[f"{key}.{name}"].to(parameter.device, copy=True) for key in keys}
+                moments = {key: _lasting_copy(state[f"{key}.{name}"], parameter) for key in keys}
             if name in self._split:
                 self._split[name].load(parameter, state[f"master.{name}"], moments)
                 continue
@@ -250,6 +255,16 @@ class AdamW:
 
 def _fp32_layout(wide: Tensor) -> dict[str, Tensor]:
     return {"step": torch.empty((), device="meta"), "exp_avg": wide, "exp_avg_sq": wide}
+
+
+def _lasting_moments(master: Tensor) -> dict[str, Tensor]:
+    """What torch makes at a master's first step."""
+    moments = {"step": torch.zeros((), device=master.device)}
+    return moments | {key: lasting_zeros(master.shape, master.dtype, master.device) for key in ("exp_avg", "exp_avg_sq")}
+
+
+def _lasting_copy(values: Tensor, parameter: Tensor) -> Tensor:
+    return fill_lasting_(lasting_zeros(values.shape, values.dtype, parameter.device), values)
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
