@@ -203,7 +203,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
+        )
+        if not self.embedding.weight.is_meta:  # there it would import torch's compiler: 40 MB and a second
+            nn.init.normal_(self.embedding.weight)
         layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.layers = cast(Sequence[Layer], layers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -343,6 +347,20 @@ class Decoder(nn.Module):
         angles = position_ids_T[:, None].float() * self._frequencies_H.to(position_ids_T.device)
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+
+def uninitialised(build: Any, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """build(config), a module, with room for its parameters and whatever values lay there.
+
+    nn.Module.to_empty does the same through torch's reference operations, which import sympy: 40 MB and a second.
+    """
+    with torch.device("meta"):
+        module = build(config)
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            room = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(part, name, nn.Parameter(room, requires_grad=parameter.requires_grad))
+    return module
 
 
 def init_model(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:

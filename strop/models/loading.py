@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from strop.models.adapters import base_folder, is_adapter, read_adapter, save_adapter
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder
+from strop.models.decoder import Decoder, uninitialised
 from strop.models.folders import (
     MAX_SHARD_BYTES,
     TensorFolder,
@@ -137,12 +137,12 @@ def read_module(
     """build(config) with the folder's weights; build is a module class whose parameters disk_names knows."""
     tensors = TensorFolder(folder)
     with torch.device("meta"):
-        module = build(config)
-    parts = {name: _parts(name, parameter, config) for name, parameter in module.named_parameters()}
+        layout = build(config)
+    parts = {name: _parts(name, parameter, config) for name, parameter in layout.named_parameters()}
     _check_tensors(tensors, dict(part for group in parts.values() for part in group), config)
     if dtype is None:
         dtype = widest(tensors.dtype(disk_name) for group in parts.values() for disk_name, _ in group)
-    module = module.to(dtype).to_empty(device=device)
+    module = uninitialised(build, config, dtype=dtype, device=device)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             targets = parameter.split([shape[0] for _, shape in parts[name]])

@@ -18,7 +18,7 @@ import torch
 from strop.generation.sampler import MAX_ELEMENTS, RowParams, Sampler
 from strop.models.cache import BLOCK
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder
+from strop.models.decoder import Decoder, uninitialised
 from strop.models.footprint import cache_bytes, layer_matrices, num_parameters, training_flops
 from strop.models.fused import can_pack
 from strop.models.live_memory import LiveMemory
@@ -273,9 +273,7 @@ def _layer_parameters(config: ModelConfig) -> int:
 
 def _model(workload: Workload, num_layers: int) -> Decoder:
     config = dataclasses.replace(workload.model, num_layers=num_layers)
-    with torch.device("meta"):
-        model = Decoder(config)
-    model = model.to(workload.dtype).to_empty(device="cpu")
+    model = uninitialised(Decoder, config, dtype=workload.dtype, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)

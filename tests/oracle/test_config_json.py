@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
+from strop.models import save_model
+from strop.models.config import ModelConfig
 from strop.models.config_json import DEFAULTS, read_config
+from strop.models.decoder import init_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GIVEN: list[dict[str, Any]] = [
@@ -74,13 +77,18 @@ def test_what_transformers_refuses_is_refused(given):
         read_config(given, "llama", "here/config.json")
 
 
-def test_loading_a_model_does_not_import_transformers_models():
+def test_loading_a_model_imports_neither_transformers_models_nor_a_compiler(tmp_path):
+    config = ModelConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8
+    )
+    save_model(init_model(config, seed=0), tmp_path)
     code = (
-        "import sys, strop.models, strop.tokenizer, strop.optim\n"
-        "from strop.models.huggingface import config_from_dict\n"
-        "config_from_dict({'model_type': 'llama'})\n"
+        "import sys\n"
+        "from strop.models import load_model\n"
+        "from strop.models.heads import add_scalar_head\n"
+        "add_scalar_head(load_model(sys.argv[1]), seed=0)\n"
         "print([name for name in ('sympy', 'accelerate', 'torch._dynamo', 'transformers.modeling_utils') "
         "if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
