@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from strop.models.attention import AttentionPlan, rotate
 from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
-from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear, tied_embedding
+from strop.models.footprint import num_recomputed
+from strop.models.fused import (
+    Linear,
+    can_pack,
+    norm_linear,
+    recomputed_mlp,
+    rms_norm,
+    swiglu_linear,
+    tied_embedding,
+)
 from strop.models.interface import Cache
 from strop.models.native import NativeDecode, can_decode
 from strop.types import PackedBatch, Segment
@@ -93,9 +102,11 @@ class Attention(nn.Module):
         return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        qkv = self._normed_heads(self.project(x_TD))
-        out = plan.attend_projected_(qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
-        return self.output(out.flatten(1))
+        qkv, output = self._normed_heads(self.project(x_TD)), self.output
+        options = (qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
+        if output.adapter is None:
+            return plan.attend_linear_(*options, output.weight, output.bias)
+        return output(plan.attend_projected_(*options).flatten(1))
 
     def prefill(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, pieces: Sequence[_Piece]
@@ -136,14 +147,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(n)) * up(n)) of the normalised input n, gate and up fused (Shazeer 2020, SwiGLU)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.is_recomputed = layer >= config.num_layers - num_recomputed(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         fused = self.gate_up
+        if self.is_recomputed and fused.adapter is None and self.down.adapter is None:
+            weights = (self.norm.weight, fused.weight, fused.bias, self.down.weight, self.down.bias)
+            return recomputed_mlp(x_TD, *weights, self.norm.eps)
         gate_up = norm_linear(x_TD, self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
         return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora())
 
@@ -159,7 +174,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         # In place: nobody else needs the two products, and two more tensors of this size would leave holes in the heap.

@@ -119,6 +119,25 @@ def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None, lora:
     return _SwigluLinear.apply(gate_up_TI, weight, bias, *(lora or (None, None)))
 
 
+def recomputed_mlp(
+    x_TD: Tensor,
+    norm_weight: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """swiglu_linear(norm_linear(x)), shape (T, D), to the bit. Of its activations only x is kept; gate and up, several
+    times as large, cost one product more in the backward pass."""
+    if not torch.is_grad_enabled():
+        return lora_linear(
+            _gated(lora_linear(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias, None)),
+            down_weight, down_bias, None,
+        )  # fmt: skip
+    return _RecomputedMLP.apply(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight, down_bias, eps)
+
+
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +206,13 @@ def _room_for_product(x_TD: Tensor, weight: Tensor) -> Tensor:
     return x_TD.new_empty(x_TD.shape[0], weight.shape[0])
 
 
+def _product(x_TD: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """x W^T + bias, into `out` where it is given."""
+    if out is None:
+        out = _room_for_product(x_TD, weight)
+    return torch.mm(x_TD, weight.T, out=out) if bias is None else torch.addmm(bias, x_TD, weight.T, out=out)
+
+
 def _lora_forward(
     x_TD: Tensor,
     weight: Tensor,
@@ -197,7 +223,7 @@ def _lora_forward(
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """(lora_linear, in `out`; x down^T)."""
-    y_TE = torch.mm(x_TD, weight.T, out=out) if bias is None else torch.addmm(bias, x_TD, weight.T, out=out)
+    y_TE = _product(x_TD, weight, bias, out=out)
     if down_RD is None or up_ER is None:
         return y_TE, None
     inner_TR = x_TD @ down_RD.T
@@ -304,3 +330,45 @@ class _SwigluLinear(torch.autograd.Function):
             dweight = grad_TD.T @ gated_TI
         _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
         return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup
+
+
+class _RecomputedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        norm_weight: Tensor,
+        gate_up_weight: Tensor,
+        gate_up_bias: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight)
+        ctx.eps = eps
+        y_TD = _room_for_product(x_TD, down_weight)
+        gate_up_TI = _product(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias)
+        return _product(_gated(gate_up_TI), down_weight, down_bias, out=y_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight = ctx.saved_tensors
+        _, _, needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias, _ = ctx.needs_input_grad
+        normed_TD = _normed(x_TD, norm_weight, ctx.eps)
+        gate_up_TI = _product(normed_TD, gate_up_weight, gate_up_bias)
+        gated_TI, dgate_up_TI = _gated_gradients_(grad_TD @ down_weight, gate_up_TI)
+        del gate_up_TI
+        ddown = grad_TD.T @ gated_TI if needs_down else None
+        del gated_TI
+        dgate_up = dgate_up_TI.T @ normed_TD if needs_gate_up else None
+        dx, dnorm = _rms_norm_gradients(dgate_up_TI @ gate_up_weight, x_TD, norm_weight, ctx.eps)
+        return (
+            dx,
+            dnorm,
+            dgate_up,
+            dgate_up_TI.sum(0) if needs_gate_up_bias else None,
+            ddown,
+            grad_TD.sum(0) if needs_down_bias else None,
+            None,
+        )

@@ -23,6 +23,7 @@ from strop.models.folders import (
     write_json,
     write_tensors,
 )
+from strop.models.freed_memory import give_back_freed_memory
 from strop.models.huggingface import FAMILIES, config_from_dict, config_to_dict, disk_names
 from strop.models.interface import CausalLM
 from strop.models.lora import fold
@@ -164,7 +165,11 @@ def write_module(
     weights: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """The other direction of read_module."""
+    """The other direction of read_module.
+
+    What training has freed goes back first: a checkpoint needs large pieces, which do not fit where activations were.
+    """
+    give_back_freed_memory()
     values = replace_weights(module, weights)
     dtype = widest(value.dtype for value in values.values())
     write_json(folder / "config.json", {**_config_json(module, config, task, dtype), **(extra_config or {})})

@@ -150,8 +150,8 @@ def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rows: Tensor, scale: 
     rows int64 (rows, 4): start, length, trunk start, trunk length.
     """
     num_tokens, num_heads, width = q_TNH.shape
+    lse = torch.empty(num_tokens, num_heads)  # first: it may be kept for longer
     out = q_TNH.new_empty(q_TNH.shape)
-    lse = torch.empty(num_tokens, num_heads)
     _loaded().strop_attention(
         *(x.data_ptr() for x in (q_TNH, k_TKH, v_TKH)), _at(out), _at(lse), _at(rows), rows.shape[0], num_heads,
         k_TKH.shape[1], width, _row_stride(q_TNH, k_TKH, v_TKH), scale, torch.get_num_threads(),

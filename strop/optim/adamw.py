@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from strop.optim import eight_bit
 from strop.optim.eight_bit import Moments
 from strop.optim.own_pages import fill_lasting_, lasting_zeros
 from strop.optim.split import SplitMaster
+from strop.optim.state import State
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _NORM_CHUNK = 65_536
@@ -178,23 +180,23 @@ class AdamW:
         for split in self._split.values():
             split.gradient = None
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> State:
         """All that the next step depends on, flat for safetensors; the tensors are the live ones, not copies.
 
         Keys: step.NAME, exp_avg.NAME and exp_avg_sq.NAME once NAME has been updated (of 8-bit moments also
         exp_avg_scale.NAME and exp_avg_sq_scale.NAME), and master.NAME for low-precision parameters only: an fp32
         parameter is its own master, so the model's file has it. That file must therefore keep the parameters' dtype.
-        Split masters are put together for it: the same file on every machine.
+        Split masters are put together when asked for: the same file on every machine, and no second set of them.
         """
-        state: dict[str, Tensor] = {}
+        state: dict[str, Tensor | Callable[[], Tensor]] = {}
         for name, parameter in self._parameters.items():
             if name in self._split:
-                state[f"master.{name}"] = self._split[name].joined(parameter)
+                state[f"master.{name}"] = partial(self._split[name].joined, parameter)
             elif self._masters[name] is not parameter:
                 state[f"master.{name}"] = self._masters[name]
             for key, value in self._moments(name).items():
                 state[f"{key}.{name}"] = value
-        return state
+        return State(state)
 
     def _moments(self, name: str) -> Mapping[str, Tensor]:
         if name in self._split:
