@@ -1,0 +1,95 @@
+"""What training keeps for ever has pages of its own, and what comes and goes leaves no holes; each in its own process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+RESIDENT = """
+import torch
+torch.set_num_threads(1)
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+"""
+
+MOMENTS = (
+    RESIDENT
+    + """
+from torch import nn
+from strop.native import train as native
+from strop.optim import AdamW, optimizer_step
+
+weight = nn.Parameter(torch.ones(50_000, 256, dtype=torch.bfloat16))
+assert native.has_kernels(weight)
+optimizer = AdamW([("w", weight)])
+before = resident()
+rows = torch.arange(40)
+for _ in range(2):
+    nn.functional.embedding(rows, weight).sum().backward()
+    optimizer_step(optimizer, lr=1e-3, max_grad_norm=1.0)
+few = resident() - before
+nn.functional.embedding(torch.arange(50_000), weight).sum().backward()
+optimizer_step(optimizer, lr=1e-3, max_grad_norm=1.0)
+print(few, resident() - before)
+"""
+)
+
+STEPS = (
+    RESIDENT
+    + """
+import gc
+from strop.models import ModelConfig, init_model
+from strop.models.live_memory import LiveMemory
+from strop.models.logprobs import packed_logprobs
+from strop.optim import AdamW, optimizer_step
+from strop.types import PackedBatch, Segment
+
+config = ModelConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=768, num_layers=20, num_heads=4, num_kv_heads=2, head_dim=64
+)
+model = init_model(config, seed=0, dtype=torch.bfloat16)
+optimizer = AdamW(model.named_parameters())
+ids = torch.arange(1200) % 512
+batch = PackedBatch(
+    token_ids_T=ids, labels_T=ids, loss_mask_T=torch.ones(1200, dtype=torch.bool),
+    segments=tuple([Segment(trunk=100)] * 12),
+)
+
+def step():
+    packed_logprobs(model, batch)[0].mean().backward()
+    optimizer_step(optimizer, lr=1e-4, max_grad_norm=1.0)
+
+with LiveMemory() as memory:
+    step()
+before = resident()
+for _ in range(3):
+    step()
+moments_and_low_halves = 10 * sum(parameter.numel() for parameter in model.parameters())
+print(memory.peak_bytes, moments_and_low_halves, resident())
+"""
+)
+
+
+def run(code: str) -> list[int]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.fixture
+def has_kernels() -> None:
+    from strop.native.build import why_unavailable
+
+    if (reason := why_unavailable()) is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("has_kernels")
+def test_moments_of_rows_without_a_gradient_take_no_memory() -> None:
+    few, all_rows = run(MOMENTS)
+    # 12.8 million entries: 8 bytes of moments and 2 of the master's low half each.
+    assert few < 40e6, "40 of 50,000 rows were trained"
+    assert all_rows > 10 * 12.8e6, "the control: every row was trained"
