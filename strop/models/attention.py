@@ -152,7 +152,6 @@ class AttentionPlan:
         q, k = qk.split([num_rotated - num_kv_heads, num_kv_heads], dim=1)
         return self.attend(q, k, v, scale)
 
-
     def attend_linear_(
         self,
         qkv_TXH: Tensor,
@@ -255,8 +254,10 @@ class _NativeAttentionLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TXH, weight, lse_TN = ctx.saved_tensors
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dweight = torch.empty_like(weight) if needs_weight else None
         output_TNH, _ = native.attention(*_split(qkv_TXH, ctx.num_kv_heads), ctx.plan.native_rows[0], ctx.scale)
-        dweight = grad_TD.T @ output_TNH.flatten(1) if needs_weight else None
+        if dweight is not None:
+            torch.mm(grad_TD.T, output_TNH.flatten(1), out=dweight)
         grad_TNH = (grad_TD @ weight).view(output_TNH.shape)
         dqkv_TXH = _native_gradient(ctx, qkv_TXH, output_TNH, lse_TN, grad_TNH)
         return dqkv_TXH, dweight, grad_TD.sum(0) if needs_bias else None, None, None, None, None

@@ -188,10 +188,12 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight, weight, down_RD, up_ER, inner_TR = ctx.saved_tensors
         needs_x, needs_norm, needs_weight, needs_bias, _, needs_down, _ = ctx.needs_input_grad
-        dx = dnorm = dweight = normed_TD = None
+        dx = dnorm = normed_TD = None
+        dweight = torch.empty_like(weight) if needs_weight else None  # first, as in _room_for_product
         if needs_weight or needs_down:
             normed_TD = _normed(x_TD, norm_weight, ctx.eps)
-            dweight = grad_TE.T @ normed_TD if needs_weight else None
+        if dweight is not None and normed_TD is not None:
+            torch.mm(grad_TE.T, normed_TD, out=dweight)
         dinner, ddown, dup = _lora_backward(grad_TE, normed_TD, down_RD, up_ER, inner_TR)
         if needs_x or needs_norm:
             dnormed = grad_TE @ weight
@@ -318,7 +320,8 @@ class _SwigluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_TI, weight, down_RI, up_DR, inner_TR = ctx.saved_tensors
         needs_gate_up, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
-        dgate_up = dweight = gated_TI = None
+        dgate_up = gated_TI = None
+        dweight = torch.empty_like(weight) if needs_weight else None  # first, as in _room_for_product
         if needs_gate_up:
             grad_TI = grad_TD @ weight
             if up_DR is not None:
@@ -326,8 +329,8 @@ class _SwigluLinear(torch.autograd.Function):
             gated_TI, dgate_up = _gated_gradients_(grad_TI, gate_up_TI)
         elif needs_weight or needs_down:
             gated_TI = _gated(gate_up_TI)
-        if needs_weight and gated_TI is not None:
-            dweight = grad_TD.T @ gated_TI
+        if dweight is not None and gated_TI is not None:
+            torch.mm(grad_TD.T, gated_TI, out=dweight)
         _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
         return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup
 
@@ -355,13 +358,17 @@ class _RecomputedMLP(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight = ctx.saved_tensors
         _, _, needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias, _ = ctx.needs_input_grad
+        ddown = torch.empty_like(down_weight) if needs_down else None
+        dgate_up = torch.empty_like(gate_up_weight) if needs_gate_up else None
         normed_TD = _normed(x_TD, norm_weight, ctx.eps)
         gate_up_TI = _product(normed_TD, gate_up_weight, gate_up_bias)
         gated_TI, dgate_up_TI = _gated_gradients_(grad_TD @ down_weight, gate_up_TI)
         del gate_up_TI
-        ddown = grad_TD.T @ gated_TI if needs_down else None
+        if ddown is not None:
+            torch.mm(grad_TD.T, gated_TI, out=ddown)
         del gated_TI
-        dgate_up = dgate_up_TI.T @ normed_TD if needs_gate_up else None
+        if dgate_up is not None:
+            torch.mm(dgate_up_TI.T, normed_TD, out=dgate_up)
         dx, dnorm = _rms_norm_gradients(dgate_up_TI @ gate_up_weight, x_TD, norm_weight, ctx.eps)
         return (
             dx,

@@ -262,7 +262,9 @@ def _fp32_layout(wide: Tensor) -> dict[str, Tensor]:
 def _lasting_moments(master: Tensor) -> dict[str, Tensor]:
     """What torch makes at a master's first step."""
     moments = {"step": torch.zeros((), device=master.device)}
-    return moments | {key: lasting_zeros(master.shape, master.dtype, master.device) for key in ("exp_avg", "exp_avg_sq")}
+    return moments | {
+        key: lasting_zeros(master.shape, master.dtype, master.device) for key in ("exp_avg", "exp_avg_sq")
+    }
 
 
 def _lasting_copy(values: Tensor, parameter: Tensor) -> Tensor:

@@ -40,4 +40,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             tensor = tensors[name].detach().cpu().contiguous()
             assert (tensor.dtype, list(tensor.shape)) == layout[name], f"{name} changed while it was saved"
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-

@@ -12,7 +12,8 @@ from torch import Tensor
 from strop.models.attention import AttentionPlan
 from strop.models.config import ModelConfig
 from strop.models.decoder import init_model
-from strop.models.fused import norm_linear, rms_norm, swiglu_linear
+from strop.models.fused import norm_linear, recomputed_mlp, rms_norm, swiglu_linear
+from strop.models.live_memory import LiveMemory
 from strop.types import PackedBatch, Segment
 
 EPS = 1e-2
@@ -46,6 +47,38 @@ def test_swiglu_linear(has_bias: bool) -> None:
     gate_up, weight, bias = inputs
     gate, up = gate_up[:, :4], gate_up[:, 4:]
     torch.testing.assert_close(swiglu_linear(*inputs), F.linear(gate * gate.sigmoid() * up, weight, bias))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_recomputed_mlp(has_bias: bool) -> None:
+    biases = (leaf(8, seed=3), leaf(6, seed=4)) if has_bias else (None, None)
+    inputs = (leaf(5, 6, seed=0), leaf(6, seed=1), leaf(8, 6, seed=2), biases[0], leaf(6, 4, seed=5), biases[1], EPS)
+    assert torch.autograd.gradcheck(recomputed_mlp, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_mlp_is_that_which_keeps_gate_and_up_to_the_bit(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((50, 64), (64,), (256, 64), (64, 128))
+    leaves = [torch.randn(shape, generator=random).to(dtype).requires_grad_() for shape in shapes]
+    x, norm, gate_up, down = leaves
+    out_grad = torch.randn(50, 64, generator=random).to(dtype)
+
+    def run(forward) -> tuple[int, list[Tensor]]:
+        with LiveMemory() as memory:
+            y = forward()
+            kept = memory.live_bytes
+            gradients = torch.autograd.grad(y, leaves, out_grad)
+        return kept, [y.detach(), *gradients]
+
+    def plain() -> Tensor:
+        return swiglu_linear(norm_linear(x, norm, gate_up, None, EPS), down, None)
+
+    kept, ours = run(lambda: recomputed_mlp(x, norm, gate_up, None, down, None, EPS))
+    kept_plainly, theirs = run(plain)
+    assert all(map(torch.equal, ours, theirs))
+    assert kept == 50 * 64 * x.itemsize, "the result and nothing else"
+    assert kept_plainly == kept + 50 * 256 * x.itemsize
 
 
 def test_tree_attention() -> None:

@@ -1,4 +1,4 @@
-"""What training keeps for ever has pages of its own, and what comes and goes leaves no holes; each in its own process."""
+"""What training keeps has pages of its own, and takes memory only where it is written; in processes of their own."""
 
 from __future__ import annotations
 
@@ -35,41 +35,6 @@ few = resident() - before
 nn.functional.embedding(torch.arange(50_000), weight).sum().backward()
 optimizer_step(optimizer, lr=1e-3, max_grad_norm=1.0)
 print(few, resident() - before)
-"""
-)
-
-STEPS = (
-    RESIDENT
-    + """
-import gc
-from strop.models import ModelConfig, init_model
-from strop.models.live_memory import LiveMemory
-from strop.models.logprobs import packed_logprobs
-from strop.optim import AdamW, optimizer_step
-from strop.types import PackedBatch, Segment
-
-config = ModelConfig(
-    vocab_size=512, hidden_size=256, intermediate_size=768, num_layers=20, num_heads=4, num_kv_heads=2, head_dim=64
-)
-model = init_model(config, seed=0, dtype=torch.bfloat16)
-optimizer = AdamW(model.named_parameters())
-ids = torch.arange(1200) % 512
-batch = PackedBatch(
-    token_ids_T=ids, labels_T=ids, loss_mask_T=torch.ones(1200, dtype=torch.bool),
-    segments=tuple([Segment(trunk=100)] * 12),
-)
-
-def step():
-    packed_logprobs(model, batch)[0].mean().backward()
-    optimizer_step(optimizer, lr=1e-4, max_grad_norm=1.0)
-
-with LiveMemory() as memory:
-    step()
-before = resident()
-for _ in range(3):
-    step()
-moments_and_low_halves = 10 * sum(parameter.numel() for parameter in model.parameters())
-print(memory.peak_bytes, moments_and_low_halves, resident())
 """
 )
 
