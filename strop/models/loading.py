@@ -23,10 +23,10 @@ from strop.models.folders import (
     write_json,
     write_tensors,
 )
-from strop.models.freed_memory import give_back_freed_memory
 from strop.models.huggingface import FAMILIES, config_from_dict, config_to_dict, disk_names
 from strop.models.interface import CausalLM
 from strop.models.lora import fold
+from strop.native.freed_memory import give_back_freed_memory
 
 
 def load_model(

@@ -118,6 +118,11 @@ class AdamW:
             master.grad is not None for master in self._masters.values()
         )
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether anything has been updated yet."""
+        return any(self._moments(name) for name in self._parameters)
+
     def grad_norm(self) -> float:
         """The Euclidean norm of all accumulated gradients together; inf or nan if any entry is not finite.
 
