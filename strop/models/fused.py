@@ -286,10 +286,13 @@ def _gated(gate_up_TI: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _gated_gradients_(grad_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """(silu(gate) * up, the gradient of gate_up); overwrites grad_TI, the gradient of the former."""
+def _gated_gradients_(grad_TI: Tensor, gate_up_TI: Tensor, *, is_last_use: bool = False) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, the gradient of gate_up); overwrites grad_TI, the gradient of the former.
+
+    is_last_use: gate_up may be overwritten as well.
+    """
     if native.has_kernels(gate_up_TI):
-        return grad_TI, native.swiglu_backward_(grad_TI, gate_up_TI)
+        return grad_TI, native.swiglu_backward_(grad_TI, gate_up_TI, in_place=is_last_use)
     gate, up = gate_up_TI.chunk(2, dim=-1)
     silu = F.silu(gate)
     gated = silu * up
@@ -362,7 +365,7 @@ class _RecomputedMLP(torch.autograd.Function):
         dgate_up = torch.empty_like(gate_up_weight) if needs_gate_up else None
         normed_TD = _normed(x_TD, norm_weight, ctx.eps)
         gate_up_TI = _product(normed_TD, gate_up_weight, gate_up_bias)
-        gated_TI, dgate_up_TI = _gated_gradients_(grad_TD @ down_weight, gate_up_TI)
+        gated_TI, dgate_up_TI = _gated_gradients_(grad_TD @ down_weight, gate_up_TI, is_last_use=True)
         del gate_up_TI
         if ddown is not None:
             torch.mm(grad_TD.T, gated_TI, out=ddown)

@@ -93,9 +93,12 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward_(grad_TI: Tensor, gate_up_TI: Tensor) -> Tensor:
-    """The gradient of gate_up from that of swiglu(gate_up); grad_TI becomes swiglu(gate_up)."""
-    dgate_up = torch.empty_like(gate_up_TI)
+def swiglu_backward_(grad_TI: Tensor, gate_up_TI: Tensor, *, in_place: bool = False) -> Tensor:
+    """The gradient of gate_up from that of swiglu(gate_up); grad_TI becomes swiglu(gate_up).
+
+    in_place: the result is written over gate_up_TI.
+    """
+    dgate_up = gate_up_TI if in_place else torch.empty_like(gate_up_TI)
     num_rows, width = grad_TI.shape
     _loaded().strop_swiglu_backward(
         _at(gate_up_TI), _at(grad_TI), _at(dgate_up), num_rows, width, torch.get_num_threads()
