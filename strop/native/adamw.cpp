@@ -14,10 +14,17 @@ static inline __m512i join(const bf16* parameter, const int16_t* rest) {
     return _mm512_add_epi32(high, _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)rest)));
 }
 
+// Bits that are what they were stay unwritten, here and below: pages of zeros (own_pages.py) take no memory as long as
+// nothing else is written to them, such as the moments of a token's embedding that has not had a gradient yet.
 static inline void split(__m512i master, bf16* parameter, int16_t* rest) {
     __m512i high = _mm512_srli_epi32(_mm512_add_epi32(master, _mm512_set1_epi32(0x8000)), 16);
+    __m256i low = _mm512_cvtepi32_epi16(_mm512_sub_epi32(master, _mm512_slli_epi32(high, 16)));
     _mm256_storeu_si256((__m256i*)parameter, _mm512_cvtepi32_epi16(high));
-    _mm256_storeu_si256((__m256i*)rest, _mm512_cvtepi32_epi16(_mm512_sub_epi32(master, _mm512_slli_epi32(high, 16))));
+    if (_mm256_cmpneq_epi16_mask(low, _mm256_loadu_si256((const __m256i*)rest))) _mm256_storeu_si256((__m256i*)rest, low);
+}
+
+static inline void store_changed(float* target, __m512 before, __m512 after) {
+    if (_mm512_cmpneq_epi32_mask(_mm512_castps_si512(before), _mm512_castps_si512(after))) _mm512_storeu_ps(target, after);
 }
 
 struct Adam {
@@ -26,11 +33,11 @@ struct Adam {
     // The master after one update, with the roundings of torch's fused kernel: decay, moments, then the step.
     __m512 update(__m512 weight, __m512 gradient, float* mean, float* square) const {
         gradient = _mm512_mul_ps(gradient, scale);
-        __m512 m = _mm512_loadu_ps(mean);
-        m = _mm512_fmadd_ps(rest1, _mm512_sub_ps(gradient, m), m);
-        __m512 v = _mm512_fmadd_ps(_mm512_mul_ps(rest2, gradient), gradient, _mm512_mul_ps(_mm512_loadu_ps(square), beta2));
-        _mm512_storeu_ps(mean, m);
-        _mm512_storeu_ps(square, v);
+        const __m512 old_m = _mm512_loadu_ps(mean), old_v = _mm512_loadu_ps(square);
+        __m512 m = _mm512_fmadd_ps(rest1, _mm512_sub_ps(gradient, old_m), old_m);
+        __m512 v = _mm512_fmadd_ps(_mm512_mul_ps(rest2, gradient), gradient, _mm512_mul_ps(old_v, beta2));
+        store_changed(mean, old_m, m);
+        store_changed(square, old_v, v);
         __m512 root = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), root_correction), eps);
         weight = _mm512_mul_ps(weight, shrink);
         asm("" : "+v"(weight));  // two roundings: the compiler must not fuse them

@@ -96,9 +96,12 @@ def swiglu(gate_up_TI: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward_(grad_TI: Tensor, gate_up_TI: Tensor) -> Tensor:
-    """The gradient of gate_up from that of swiglu(gate_up); grad_TI becomes swiglu(gate_up)."""
-    dgate_up = torch.empty_like(gate_up_TI)
+def swiglu_backward_(grad_TI: Tensor, gate_up_TI: Tensor, *, in_place: bool = False) -> Tensor:
+    """The gradient of gate_up from that of swiglu(gate_up); grad_TI becomes swiglu(gate_up).
+
+    in_place: the result is written over gate_up_TI.
+    """
+    dgate_up = gate_up_TI if in_place else torch.empty_like(gate_up_TI)
     num_rows, width = grad_TI.shape
     _loaded().strop_swiglu_backward(
         _at(gate_up_TI), _at(grad_TI), _at(dgate_up), num_rows, width, torch.get_num_threads()
@@ -180,8 +183,8 @@ def attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, rows: Tensor, scale: 
     rows int64 (rows, 4): start, length, trunk start, trunk length.
     """
     num_tokens, num_heads, width = q_TNH.shape
+    lse = torch.empty(num_tokens, num_heads)  # first: it may be kept for longer
     out = q_TNH.new_empty(q_TNH.shape)
-    lse = torch.empty(num_tokens, num_heads)
     _loaded().strop_attention(
         *(x.data_ptr() for x in (q_TNH, k_TKH, v_TKH)), _at(out), _at(lse), _at(rows), rows.shape[0], num_heads,
         k_TKH.shape[1], width, _row_stride(q_TNH, k_TKH, v_TKH), scale, torch.get_num_threads(),

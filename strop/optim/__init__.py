@@ -4,6 +4,7 @@ from strop.optim.adamw import AdamW
 from strop.optim.config import OptimizerConfig
 from strop.optim.diverged import DivergedError, SkippedSteps
 from strop.optim.schedule import Schedule, learning_rate
+from strop.optim.state import State
 from strop.optim.step import StepReport, optimizer_step
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "OptimizerConfig",
     "Schedule",
     "SkippedSteps",
+    "State",
     "StepReport",
     "learning_rate",
     "optimizer_step",

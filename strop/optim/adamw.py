@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from strop.native import kernels as native
 from strop.optim import eight_bit
 from strop.optim.eight_bit import Moments
+from strop.optim.own_pages import fill_lasting_, lasting_zeros
 from strop.optim.split import SplitMaster
+from strop.optim.state import State
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 _NORM_CHUNK = 65_536
@@ -115,6 +118,11 @@ class AdamW:
             master.grad is not None for master in self._masters.values()
         )
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether anything has been updated yet."""
+        return any(self._moments(name) for name in self._parameters)
+
     def grad_norm(self) -> float:
         """The Euclidean norm of all accumulated gradients together; inf or nan if any entry is not finite.
 
@@ -161,8 +169,12 @@ class AdamW:
             for group in self._inner.param_groups:
                 group["lr"] = lr
                 for master in group["params"]:
-                    if grad_scale != 1.0 and master.grad is not None:
+                    if master.grad is None:
+                        continue
+                    if grad_scale != 1.0:
                         master.grad.mul_(grad_scale)
+                    if not self._inner.state[master] and master.is_contiguous():
+                        self._inner.state[master] = _lasting_moments(master)
             self._inner.step()
         self._round_masters()
 
@@ -173,23 +185,23 @@ class AdamW:
         for split in self._split.values():
             split.gradient = None
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> State:
         """All that the next step depends on, flat for safetensors; the tensors are the live ones, not copies.
 
         Keys: step.NAME, exp_avg.NAME and exp_avg_sq.NAME once NAME has been updated (of 8-bit moments also
         exp_avg_scale.NAME and exp_avg_sq_scale.NAME), and master.NAME for low-precision parameters only: an fp32
         parameter is its own master, so the model's file has it. That file must therefore keep the parameters' dtype.
-        Split masters are put together for it: the same file on every machine.
+        Split masters are put together when asked for: the same file on every machine, and no second set of them.
         """
-        state: dict[str, Tensor] = {}
+        state: dict[str, Tensor | Callable[[], Tensor]] = {}
         for name, parameter in self._parameters.items():
             if name in self._split:
-                state[f"master.{name}"] = self._split[name].joined(parameter)
+                state[f"master.{name}"] = partial(self._split[name].joined, parameter)
             elif self._masters[name] is not parameter:
                 state[f"master.{name}"] = self._masters[name]
             for key, value in self._moments(name).items():
                 state[f"{key}.{name}"] = value
-        return state
+        return State(state)
 
     def _moments(self, name: str) -> Mapping[str, Tensor]:
         if name in self._split:
@@ -228,7 +240,7 @@ class AdamW:
             moments: dict[str, Tensor] = {}
             if f"step.{name}" in expected:
                 keys = eight_bit.layout(parameter) if self._has_8bit(parameter) else ("step", "exp_avg", "exp_avg_sq")
-                moments = {key: state[f"{key}.{name}"].to(parameter.device, copy=True) for key in keys}
+                moments = {key: _lasting_copy(state[f"{key}.{name}"], parameter) for key in keys}
             if name in self._split:
                 self._split[name].load(parameter, state[f"master.{name}"], moments)
                 continue
@@ -250,6 +262,18 @@ class AdamW:
 
 def _fp32_layout(wide: Tensor) -> dict[str, Tensor]:
     return {"step": torch.empty((), device="meta"), "exp_avg": wide, "exp_avg_sq": wide}
+
+
+def _lasting_moments(master: Tensor) -> dict[str, Tensor]:
+    """What torch makes at a master's first step."""
+    moments = {"step": torch.zeros((), device=master.device)}
+    return moments | {
+        key: lasting_zeros(master.shape, master.dtype, master.device) for key in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def _lasting_copy(values: Tensor, parameter: Tensor) -> Tensor:
+    return fill_lasting_(lasting_zeros(values.shape, values.dtype, parameter.device), values)
 
 
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from strop.native import kernels as native
 from strop.optim import eight_bit
+from strop.optim.own_pages import fill_lasting_, lasting_zeros
 
 
 class SplitMaster:
@@ -24,7 +25,7 @@ class SplitMaster:
 
     def __init__(self, parameter: Tensor, *, is_8bit: bool = False) -> None:
         self.is_8bit = is_8bit
-        self.rest = torch.zeros_like(parameter, dtype=torch.int16)
+        self.rest = lasting_zeros(parameter.shape, torch.int16, parameter.device)
         self.gradient: Tensor | None = None
         """bf16 while it is that of one backward pass, the fp32 sum from the second on."""
         self.moments: dict[str, Tensor] = {}
@@ -67,8 +68,8 @@ class SplitMaster:
             eight_bit.split_step_(parameter.detach(), self.rest, self.gradient, self.moments, **options)
             return
         if not self.moments:
-            zeros = torch.zeros_like(parameter, dtype=torch.float32)
-            self.moments = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": torch.zeros_like(zeros)}
+            mean, square = (lasting_zeros(parameter.shape, torch.float32, parameter.device) for _ in range(2))
+            self.moments = {"step": torch.zeros(()), "exp_avg": mean, "exp_avg_sq": square}
         self.moments["step"] += 1
         native.adamw_(
             parameter.detach(),
@@ -87,8 +88,8 @@ class SplitMaster:
 
     def load(self, parameter: Tensor, master: Tensor, moments: Mapping[str, Tensor]) -> None:
         """Set the master, and with it the parameter, and the moments."""
-        bits = master.to(parameter.device).contiguous().view(torch.int32)
+        bits = master.to(parameter.device, copy=True).contiguous().view(torch.int32)
         upper = bits.add(1 << 15).bitwise_right_shift_(16)
         parameter.detach().view(torch.int16).copy_(upper)
-        self.rest.copy_(bits - upper.bitwise_left_shift_(16))
+        fill_lasting_(self.rest, bits.sub_(upper.bitwise_left_shift_(16)).to(torch.int16))
         self.moments = dict(moments)

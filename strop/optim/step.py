@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from strop.native.freed_memory import give_back_freed_memory
 from strop.optim.adamw import AdamW
 
 
@@ -32,9 +33,14 @@ def optimizer_step(optimizer: AdamW, *, lr: float, max_grad_norm: float) -> Step
     """
     if not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm = {max_grad_norm} would stop all learning: give a positive number, or inf")
+    is_first = not optimizer.has_moments
     grad_norm = optimizer.grad_norm()
     is_skipped = not math.isfinite(grad_norm) or not optimizer.has_gradients
     if not is_skipped:
         optimizer.step(lr=lr, grad_scale=max_grad_norm / grad_norm if grad_norm > max_grad_norm else 1.0)
     optimizer.zero_grad()
+    if is_first and not is_skipped:
+        # The first step has left behind what later ones keep (kernels that were made for these shapes, threads). Around
+        # it the next step finds room at other places; the holes that remain need not be in memory.
+        give_back_freed_memory()
     return StepReport(grad_norm=grad_norm, is_skipped=is_skipped)

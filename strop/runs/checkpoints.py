@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from strop.runs.files import read_json_object, sha256_of, sync
+from strop.runs.tensors import write_tensors
 
 PARTIAL = ".partial"
 _MANIFEST = "checkpoint.json"
@@ -73,7 +74,7 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True)
         write_model(partial)
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial / _STATE_TENSORS)
+        write_tensors(partial / _STATE_TENSORS, tensors)
         (partial / _STATE_JSON).write_text(json.dumps(state), encoding="utf-8")
         paths = sorted(path for path in partial.rglob("*") if path.is_file())
         hashes = {path.relative_to(partial).as_posix(): sha256_of(path) for path in paths}

@@ -18,8 +18,8 @@ import torch
 from strop.generation.sampler import MAX_ELEMENTS, RowParams, Sampler
 from strop.models.cache import BLOCK
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder
-from strop.models.footprint import cache_bytes, layer_matrices, num_parameters, training_flops
+from strop.models.decoder import Decoder, uninitialised
+from strop.models.footprint import cache_bytes, layer_matrices, num_parameters, num_recomputed, training_flops
 from strop.models.fused import can_pack
 from strop.models.live_memory import LiveMemory
 from strop.models.logprobs import packed_logprobs
@@ -186,8 +186,12 @@ def _update_bytes(workload: Workload, probe: Probe) -> dict[str, float]:
     """Gradients, activations, and whatever else lives at the worst moment of a backward pass."""
     config = workload.model
     gradients = workload.gradient_bytes * num_parameters(config)
-    kept = probe.at("kept_bytes", config.num_layers)
-    at_head = probe.at("head_peak_bytes", config.num_layers)
+    # One and two layers are too few for any to be recomputed.
+    gate_up = 2 * config.intermediate_size * workload.dtype.itemsize * workload.micro_tokens
+    not_kept = num_recomputed(config) * gate_up
+    kept = probe.at("kept_bytes", config.num_layers) - not_kept
+    # While it runs, the last layer has its gate and up after all.
+    at_head = probe.at("head_peak_bytes", config.num_layers) - max(0, not_kept - gate_up)
     if workload.accumulates:
         parts = {"gradients": gradients, "activations": kept, "head": at_head - kept}
     else:
@@ -273,9 +277,7 @@ def _layer_parameters(config: ModelConfig) -> int:
 
 def _model(workload: Workload, num_layers: int) -> Decoder:
     config = dataclasses.replace(workload.model, num_layers=num_layers)
-    with torch.device("meta"):
-        model = Decoder(config)
-    model = model.to(workload.dtype).to_empty(device="cpu")
+    model = uninitialised(Decoder, config, dtype=workload.dtype, device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from strop.data import TaskBatches, load_rows, tasks_from_rows
 from strop.generation import Engine
 from strop.models import CausalLM, save_model
-from strop.models.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_freed_memory
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
     sequence_sum,

@@ -24,7 +24,7 @@ from typing import Any
 from strop.data import PackedBatches, TaskBatches, load_rows, sft_examples, tasks_from_rows
 from strop.generation import Engine
 from strop.models import CausalLM, save_model
-from strop.models.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_freed_memory
 from strop.objectives.kl import adaptive_kl_coef
 from strop.optim import AdamW, DivergedError, SkippedSteps, StepReport, optimizer_step
 from strop.rewards.base import WeightedRewards

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from strop.models import CausalLM, Decoder, load_model
 from strop.models.heads import ScalarModel, add_scalar_head, is_scalar_folder, load_scalar_model, save_scalar_model
 from strop.models.reward_scale import RewardScale, read_reward_scale
-from strop.optim import AdamW
+from strop.optim import AdamW, State
 from strop.rollouts.batch import RolloutBatch
 from strop.rollouts.logprobs import rectangular
 from strop.runs import Start, resolve
@@ -75,10 +75,9 @@ class Critic:
             folder.mkdir()
             save_file({"weight": self.head.weight.detach().cpu().contiguous()}, folder / _HEAD)
 
-    def training_state(self) -> dict[str, Tensor]:
+    def training_state(self) -> State:
         """What an own network's next update depends on, beside its weights."""
-        state = {} if self.optimizer is None else self.optimizer.state_dict()
-        return {f"{FOLDER}.{name}": value for name, value in state.items()}
+        return State({}) if self.optimizer is None else self.optimizer.state_dict().under(FOLDER)
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         if self.optimizer is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from strop.models.attention import AttentionPlan
 from strop.models.config import ModelConfig
 from strop.models.decoder import init_model
-from strop.models.fused import norm_linear, rms_norm, swiglu_linear
+from strop.models.fused import norm_linear, recomputed_mlp, rms_norm, swiglu_linear
+from strop.models.live_memory import LiveMemory
 from strop.types import PackedBatch, Segment
 
 EPS = 1e-2
@@ -48,6 +49,38 @@ def test_swiglu_linear(has_bias: bool) -> None:
     torch.testing.assert_close(swiglu_linear(*inputs), F.linear(gate * gate.sigmoid() * up, weight, bias))
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_recomputed_mlp(has_bias: bool) -> None:
+    biases = (leaf(8, seed=3), leaf(6, seed=4)) if has_bias else (None, None)
+    inputs = (leaf(5, 6, seed=0), leaf(6, seed=1), leaf(8, 6, seed=2), biases[0], leaf(6, 4, seed=5), biases[1], EPS)
+    assert torch.autograd.gradcheck(recomputed_mlp, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_mlp_is_that_which_keeps_gate_and_up_to_the_bit(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((50, 64), (64,), (256, 64), (64, 128))
+    leaves = [torch.randn(shape, generator=random).to(dtype).requires_grad_() for shape in shapes]
+    x, norm, gate_up, down = leaves
+    out_grad = torch.randn(50, 64, generator=random).to(dtype)
+
+    def run(forward) -> tuple[int, list[Tensor]]:
+        with LiveMemory() as memory:
+            y = forward()
+            kept = memory.live_bytes
+            gradients = torch.autograd.grad(y, leaves, out_grad)
+        return kept, [y.detach(), *gradients]
+
+    def plain() -> Tensor:
+        return swiglu_linear(norm_linear(x, norm, gate_up, None, EPS), down, None)
+
+    kept, ours = run(lambda: recomputed_mlp(x, norm, gate_up, None, down, None, EPS))
+    kept_plainly, theirs = run(plain)
+    assert all(map(torch.equal, ours, theirs))
+    assert kept == 50 * 64 * x.itemsize, "the result and nothing else"
+    assert kept_plainly == kept + 50 * 256 * x.itemsize
+
+
 def test_tree_attention() -> None:
     segments = (Segment(trunk=3, branches=(2, 4, 1)), Segment(trunk=4), Segment(trunk=0, branches=(2,)))
     plan = AttentionPlan(segments, dtype=torch.float64, device=torch.device("cpu"))
@@ -80,7 +113,7 @@ def test_frozen_inputs_take_no_gradient(frozen: str) -> None:
             torch.testing.assert_close(tensors[name].grad, gradient)
 
 
-def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
+def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype, *, is_recomputed: bool) -> float:
     """Bytes of storage that backward keeps for one more layer, without parameters."""
     lengths = (20, 33, 7)
     token_ids = torch.zeros(sum(lengths), dtype=torch.int64)
@@ -94,6 +127,8 @@ def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
     for num_layers in (1, 3):
         fields = {name: getattr(config, name) for name in config.__slots__} | {"num_layers": num_layers}
         model = init_model(ModelConfig(**fields), seed=0, dtype=dtype)
+        for layer in model.layers:
+            layer.mlp.is_recomputed = is_recomputed
         storages: dict[int, Any] = {}
 
         def keep(tensor: Tensor, storages: dict[int, Any] = storages) -> Tensor:
@@ -109,13 +144,14 @@ def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_layer_keeps_no_more_than_it_must(dtype: torch.dtype, qk_norm: bool) -> None:
+@pytest.mark.parametrize("is_recomputed", [False, True])
+def test_a_layer_keeps_no_more_than_it_must(dtype: torch.dtype, qk_norm: bool, is_recomputed: bool) -> None:
     config = ModelConfig(
         vocab_size=16, hidden_size=48, intermediate_size=80, num_layers=1, num_heads=6, num_kv_heads=2, head_dim=8,
         qk_norm=qk_norm,
     )  # fmt: skip
     inputs = 2 * 48
-    queries_keys_values, output, gate_up = (6 + 2 + 2) * 8, 6 * 8, 2 * 80
+    queries_keys_values, output, gate_up = (6 + 2 + 2) * 8, 6 * 8, 0 if is_recomputed else 2 * 80
     before_norm = (6 + 2 + 2) * 8 if qk_norm else 0  # the norms keep the projection that they read
     expected = (inputs + queries_keys_values + output + gate_up + before_norm) * dtype.itemsize
-    assert kept_bytes_per_token(config, dtype) == expected
+    assert kept_bytes_per_token(config, dtype, is_recomputed=is_recomputed) == expected

@@ -97,7 +97,7 @@ def writer(kill_at_call=None):
             return call(*arguments, **options)
         return counting
     os.fsync, os.unlink, pathlib.Path.write_text = map(counted, (os.fsync, os.unlink, pathlib.Path.write_text))
-    checkpoints.save_file = counted(checkpoints.save_file)
+    checkpoints.write_tensors = counted(checkpoints.write_tensors)
     while True:
         step += 1
         run.save_checkpoint(step, write_model(step), {"m": torch.full((300, 1000), -float(step))}, {"step": step},

@@ -23,7 +23,7 @@ def loss_sum(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def snapshot(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in (model.state_dict() | optimizer.state_dict()).items()}
+    return {key: value.detach().clone() for key, value in {**model.state_dict(), **optimizer.state_dict()}.items()}
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ def test_state_survives_safetensors_bit_for_bit(dtype):
     first = make_model(dtype)
     first_optimizer = AdamW(first.named_parameters(), weight_decay=0.1)
     run(first, first_optimizer, range(5))
-    weights, state = save(first.state_dict()), save(first_optimizer.state_dict())
+    weights, state = save(first.state_dict()), save(dict(first_optimizer.state_dict()))
     second = make_model(dtype)
     second_optimizer = AdamW(second.named_parameters(), weight_decay=0.1)
     second.load_state_dict(load(weights))

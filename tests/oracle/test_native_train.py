@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from strop.models import attention
 from strop.models.attention import AttentionPlan, rotate
 from strop.models.config import ModelConfig
 from strop.models.decoder import init_model
 from strop.models.fused import norm_linear, rms_norm, swiglu_linear, tied_embedding
+from strop.models.live_memory import LiveMemory
 from strop.models.logprobs import packed_logprobs
 from strop.native import build
 from strop.native import kernels as native
@@ -105,6 +107,25 @@ def test_attention(tree, has_rope, monkeypatch):
     if has_rope:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     assert error(plan.attend(q, k, v, width**-0.5), attend(qkv.double())) < 5e-3
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_attention_made_again_for_the_backward_pass_is_that_which_was_kept(has_bias, monkeypatch):
+    num_heads, num_kv_heads, width, segments = TREES["groups"]
+    plans = [AttentionPlan(segments, dtype=BF16, device=torch.device("cpu")) for _ in range(2)]
+    qkv = random(plans[0].num_tokens, num_heads + 2 * num_kv_heads, width, seed=0)
+    weight, bias = random(48, num_heads * width, seed=1), random(48, seed=2) if has_bias else None
+    leaves = [leaf.requires_grad_() for leaf in (qkv, weight, bias) if leaf is not None]
+    angles = torch.rand(qkv.shape[0], 1, width, generator=torch.Generator().manual_seed(1)).to(BF16)
+    kept, results = [], []
+    for plan, max_keys in zip(plans, (10**6, 0), strict=True):
+        monkeypatch.setattr(attention, "MAX_RECOMPUTED_KEYS", max_keys)
+        with LiveMemory() as memory:
+            y = plan.attend_linear_(qkv * 1, (angles, angles), num_kv_heads, 0.2, weight, bias)
+            kept.append(memory.live_bytes)
+            results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
+    assert all(map(torch.equal, *results))
+    assert kept[1] - kept[0] == qkv.shape[0] * num_heads * width * 2, "the output, and nothing else"
 
 
 @pytest.mark.parametrize("has_entropy", [False, True])

@@ -10,7 +10,7 @@ import torch
 
 from strop.cli.workload import rollout_micro_batches
 from strop.models import ModelConfig, init_model
-from strop.models.footprint import num_parameters
+from strop.models.footprint import num_parameters, num_recomputed
 from strop.models.live_memory import LiveMemory
 from strop.rollouts.batch import collate_rollouts
 from strop.stages.forecast import (
@@ -31,6 +31,8 @@ CONFIG = ModelConfig(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8
 )
 PARAMETERS = num_parameters(CONFIG)
+NOT_KEPT = 2 * (2 * 64) * 2 * 100
+"""Two of the five layers compute gate and up of 100 tokens again."""
 WORKLOAD = Workload(
     model=CONFIG,
     dtype=torch.bfloat16,
@@ -78,9 +80,11 @@ def test_kernels_keep_half_a_master_and_bf16_gradients_of_a_single_micro_batch()
 
 
 def test_every_further_layer_costs_what_the_second_did():
-    update = forecast(WORKLOAD, PROBE).phases["update"]
-    assert update["activations"] == 1000 + 4 * 300
-    assert update["activations"] + update["head"] == 1500 + 4 * 300
+    one = dataclasses.replace(PROBE.one, kept_bytes=10**6, head_peak_bytes=10**6 + 10**5)
+    two = dataclasses.replace(one, kept_bytes=10**6 + 300, head_peak_bytes=10**6 + 10**5 + 300)
+    update = forecast(WORKLOAD, dataclasses.replace(PROBE, one=one, two=two)).phases["update"]
+    assert update["activations"] == 10**6 + 4 * 300 - NOT_KEPT
+    assert update["activations"] + update["head"] == 10**6 + 10**5 + 4 * 300 - NOT_KEPT // 2
     assert update["allocator"] == ALLOCATOR_SHARE * update["activations"]
 
 
@@ -89,11 +93,12 @@ def test_gradients_and_activations_are_whole_together_only_where_micro_batches_a
     update = forecast(single, PROBE).phases["update"]
     # At the end of the only backward pass: all gradients, no activations.
     assert update["activations"] == 0 and update["gradients"] == 4 * PARAMETERS
-    wide = dataclasses.replace(PROBE.one, kept_bytes=10**6, head_peak_bytes=10**6 + 500)
-    probe = dataclasses.replace(PROBE, one=wide, two=dataclasses.replace(wide, head_peak_bytes=10**6 + 500))
+    wide = dataclasses.replace(PROBE.one, kept_bytes=10**6, head_peak_bytes=10**6 + 10**5)
+    probe = dataclasses.replace(PROBE, one=wide, two=wide)
     update = forecast(single, probe).phases["update"]
     # At its beginning: all activations, no gradients.
-    assert update["activations"] == 10**6 and update["gradients"] == 0 and update["head"] == 500
+    assert update["activations"] == 10**6 - NOT_KEPT and update["gradients"] == 0
+    assert update["head"] == 10**5 + NOT_KEPT // 2
 
 
 def test_the_peak_is_the_largest_phase_not_their_sum():
@@ -172,8 +177,10 @@ def test_two_measured_layers_foretell_the_memory_of_five():
     probe = measure(work)
     model = init_model(CONFIG, seed=0)
     kept, head_peak, _ = live_bytes(model, probe_batch(work), work)
-    assert probe.at("kept_bytes", CONFIG.num_layers) == pytest.approx(kept, rel=1e-3)
-    assert probe.at("head_peak_bytes", CONFIG.num_layers) == pytest.approx(head_peak, rel=1e-3)
+    update = forecast(work, probe).phases["update"]
+    assert num_recomputed(CONFIG) == 2
+    assert update["activations"] == pytest.approx(kept, rel=1e-3)
+    assert update["activations"] + update["head"] == pytest.approx(head_peak, rel=1e-3)
 
 
 def test_the_demo_recipe_is_foretold_without_a_checkpoint(capsys: pytest.CaptureFixture[str]):

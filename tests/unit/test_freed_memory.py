@@ -7,7 +7,7 @@ import sys
 
 CODE = """
 import torch
-from strop.models.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
