@@ -158,6 +158,8 @@ class ReasoningGymReward:
         found: Mapping[str, Any] = reply.value
         if "failure" in found:
             return Verdict(score=0.0, status="unparsed", detail=found["detail"], milliseconds=reply.milliseconds)
+        if (reason := _why_another(task.columns, found)) is not None:
+            return Verdict(score=0.0, status="infra_error", detail=f"{task.id}: {reason}")
         score, floor = found["score"], found["floor"]
         above = max(0.0, (score - floor) / (1.0 - floor)) if floor < 1.0 else 0.0
         is_right = above >= 1.0
@@ -214,14 +216,9 @@ def _why_unfit(columns: Mapping[str, Any], reply: Reply) -> str | None:
     found = reply.value
     if "failure" in found:
         return f"the gold answer scores 0: {found['detail']}"
-    question, stated, gold = columns.get("question"), columns.get("answer"), str(found["gold"])
-    if question is not None and question != found["question"]:
-        return (
-            "made again, the question is another one: the tasks come from another version of reasoning-gym, or the "
-            "dataset is not the same in every process"
-        )
-    if stated is not None and str(stated) != gold:
-        return f"made again, the gold answer is {gold!r:.80}, not {stated!r:.80}"
+    if (reason := _why_another(columns, found)) is not None:
+        return reason
+    gold = str(found["gold"])
     given = answer_of(f"<answer>{gold}</answer>")
     if given is None:
         return "the gold answer is empty, and no answer scores nothing"
@@ -231,6 +228,20 @@ def _why_unfit(columns: Mapping[str, Any], reply: Reply) -> str | None:
         return f"the gold answer {gold!r:.80} scores {found['score']:.2f}, not 1: {found['error']}"
     if found["floor"] >= 1.0:
         return "any text at all gets full marks from this dataset's scorer"
+    return None
+
+
+def _why_another(columns: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """Why an answer was judged by another question than the task's, or None: a few datasets draw some of their
+    questions without the seed, and then nobody can judge the answer."""
+    question, stated, gold = columns.get("question"), columns.get("answer"), str(found["gold"])
+    if question is not None and question != found["question"]:
+        return (
+            "made again, the question is another one: the tasks come from another version of reasoning-gym, or the "
+            "dataset is not the same in every process"
+        )
+    if stated is not None and str(stated) != gold:
+        return f"made again, the gold answer is {gold!r:.80}, not {stated!r:.80}"
     return None
 
 

@@ -97,6 +97,13 @@ def test_making_a_question_again_is_not_the_answers_time():
     assert verdict.status == "wrong" and verdict.milliseconds < 300, verdict
 
 
+def test_an_answer_to_a_question_that_is_another_one_now_is_masked_and_not_judged(reward, tasks):
+    for changed in ({"question": "What is 1 + 1?"}, {"answer": "two"}):
+        task = Task(id="t:1", prompt="?", columns={**tasks[0].columns, **changed})
+        (verdict,) = reward.score([task], [completion(tasks[0].columns["answer"])])
+        assert verdict.status == "infra_error" and verdict.detail.startswith("t:1: made again"), verdict
+
+
 def test_no_answer_is_unparsed(reward, tasks):
     texts = ["", "  ", "<answer></answer>", "<answer>" + "1" * 17_000]
     verdicts = reward.score(tasks[:4], [completion(text) for text in texts])
