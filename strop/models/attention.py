@@ -268,13 +268,15 @@ class _NativeAttentionLinear(torch.autograd.Function):
 def _native_gradient(ctx: Any, qkv_TXH: Tensor, output_TNH: Tensor, lse_TN: Tensor, grad_TNH: Tensor) -> Tensor:
     """The gradient of the projection before its rotation, from that of the attention's output."""
     dqkv_TXH = torch.empty_like(qkv_TXH)
+    rows, segments = ctx.plan.native_rows
     native.attention_backward(
         _split(qkv_TXH, ctx.num_kv_heads),
         output_TNH,
         grad_TNH,
         lse_TN,
         _split(dqkv_TXH, ctx.num_kv_heads),
-        *ctx.plan.native_rows,
+        rows,
+        segments,
         ctx.scale,
     )
     if ctx.rope is not None:

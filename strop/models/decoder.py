@@ -31,10 +31,16 @@ from strop.models.fused import (
 )
 from strop.models.interface import Cache
 from strop.models.native import NativeDecode, can_decode
+from strop.native.freed_memory import give_back_freed_memory
 from strop.types import PackedBatch, Segment
 
 if TYPE_CHECKING:
     from strop.models.adapters import AdapterOrigin
+
+
+_LARGE = 1 << 24
+"""Bytes of all layers' inputs from which on the holes between activations are worth looking for: here memory is at its
+largest."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -272,6 +278,8 @@ class Decoder(nn.Module):
         rope = self._rope(batch.position_ids_T())
         for layer in self.layers:
             x_TD = layer(x_TD, rope, plan)
+        if torch.is_grad_enabled() and x_TD.nbytes * self.config.num_layers > _LARGE:
+            give_back_freed_memory()
         return self.final_norm(x_TD)
 
     def new_cache(self, *, num_slots: int, max_length: int) -> KVCache:

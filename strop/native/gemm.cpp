@@ -6,8 +6,9 @@
 // That costs a few per cent of the product, and the inner loop then runs at the rate of its dot-product instructions.
 // The smaller operand is written out whole, for all threads; of the larger one each thread writes a piece at a time, and
 // uses it up while it is in its cache.
+#include <sys/mman.h>
+
 #include <algorithm>
-#include <cstdlib>
 #include <new>
 
 #include "simd.h"
@@ -15,23 +16,30 @@
 
 namespace {
 
-// Memory for packed operands that a thread keeps for its next product: fresh pages cost as much as filling them.
+// Memory for packed operands that a thread keeps for its next product: fresh pages cost as much as filling them. It is
+// mapped, so that it lies in no heap where it would keep what was freed around it from going back.
 class Workspace {
   public:
-    ~Workspace() { std::free(words_); }
+    ~Workspace() { release(); }
     uint32_t* at_least(size_t count) {
-        if (count > count_) {
-            std::free(words_);
-            words_ = static_cast<uint32_t*>(std::aligned_alloc(64, (count * sizeof(uint32_t) + 63) / 64 * 64));
-            if (!words_) throw std::bad_alloc();
-            count_ = count;
+        if (count * sizeof(uint32_t) > num_bytes_) {
+            release();
+            num_bytes_ = count * sizeof(uint32_t);
+            block_ = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (block_ == MAP_FAILED) {
+                num_bytes_ = 0;
+                throw std::bad_alloc();
+            }
         }
-        return words_;
+        return static_cast<uint32_t*>(block_);
     }
 
   private:
-    uint32_t* words_ = nullptr;
-    size_t count_ = 0;
+    void release() {
+        if (num_bytes_) munmap(block_, num_bytes_);
+    }
+    void* block_ = nullptr;
+    size_t num_bytes_ = 0;
 };
 
 // Rows of a matrix cut into tiles of equal height: the height that leaves the fewest rows empty.
@@ -58,13 +66,19 @@ void pack_tile(const bf16* source, long stride, long rows, int height, long pair
     }
 }
 
-// The same for a matrix that is summed over its rows: a pair is (source[2p][r], source[2p + 1][r]).
-void pack_tile_of_columns(const bf16* source, long stride, long columns, int height, long length, uint32_t* target) {
-    const __mmask16 exists = __mmask16((1u << columns) - 1), mask = __mmask16((1u << height) - 1);
+// The same for a matrix that is summed over its rows: a pair is (source[2p][r], source[2p + 1][r]). Several tiles side by
+// side in one go, or every one would read a fraction of a cache line of every row.
+void pack_tiles_of_columns(const bf16* source, long stride, long columns, int height, long count, long length, uint32_t* target) {
+    const __mmask16 mask = __mmask16((1u << height) - 1);
+    const long tile_words = (length + 1) / 2 * height;
     for (long i = 0; i < length; i += 2) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, source + i * stride));
-        const __m512i high = i + 1 < length ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, source + (i + 1) * stride)) : _mm512_setzero_si512();
-        _mm512_mask_storeu_epi32(target + i / 2 * height, mask, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        const bf16 *first = source + i * stride, *second = first + stride;
+        for (long tile = 0; tile < count; tile++) {
+            const __mmask16 exists = __mmask16((1u << std::min<long>(height, columns - tile * height)) - 1);
+            const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, first + tile * height));
+            const __m512i high = i + 1 < length ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, second + tile * height)) : _mm512_setzero_si512();
+            _mm512_mask_storeu_epi32(target + tile * tile_words + i / 2 * height, mask, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
     }
 }
 
@@ -80,6 +94,8 @@ void pack_panel_of_columns(const bf16* source, long stride, long length, uint32_
     }
 }
 
+constexpr long TILES_PER_BATCH = 4;  // with all that is summed over, they fit a core's second cache
+
 struct Gemm {
     const bf16 *a, *b;
     bf16* c;
@@ -91,10 +107,20 @@ struct Gemm {
     long tile_words() const { return pairs * tiling.height; }
     long panel_words() const { return pairs * GROUP; }
 
-    void pack_a(long tile, uint32_t* target) const {
-        const long first = tile * tiling.height, used = std::min<long>(tiling.height, rows - first);
-        if (a_is_columns) pack_tile_of_columns(a + first, rows, used, tiling.height, length, target);
-        else pack_tile(a + first * length, length, used, tiling.height, pairs, target);
+    // A batch of tiles; returns how many they are.
+    long num_batches() const { return (tiling.count + TILES_PER_BATCH - 1) / TILES_PER_BATCH; }
+    long pack_a(long batch, uint32_t* target) const {
+        const long begin = batch * TILES_PER_BATCH, count = std::min<long>(TILES_PER_BATCH, tiling.count - begin);
+        const long first = begin * tiling.height;
+        if (a_is_columns) {
+            pack_tiles_of_columns(a + first, rows, rows - first, tiling.height, count, length, target);
+            return count;
+        }
+        for (long tile = 0; tile < count; tile++) {
+            const long row = first + tile * tiling.height, used = std::min<long>(tiling.height, rows - row);
+            pack_tile(a + row * length, length, used, tiling.height, pairs, target + tile * tile_words());
+        }
+        return count;
     }
     void pack_b(long panel, uint32_t* target) const {
         if (b_is_rows) pack_panel(b + panel * GROUP * length, LANES * length, length, target);
@@ -117,18 +143,24 @@ struct Gemm {
 #pragma omp parallel num_threads(threads)
         {
             static thread_local Workspace own;
-            uint32_t* piece = own.at_least(shares_a ? panel_words() : tile_words());
+            uint32_t* piece = own.at_least(shares_a ? panel_words() : TILES_PER_BATCH * tile_words());
+            if (shares_a) {
 #pragma omp for schedule(static)
-            for (long i = 0; i < (shares_a ? tiling.count : num_panels); i++)
-                shares_a ? pack_a(i, shared + i * tile_words()) : pack_b(i, shared + i * panel_words());
+                for (long batch = 0; batch < num_batches(); batch++) pack_a(batch, shared + batch * TILES_PER_BATCH * tile_words());
 #pragma omp for schedule(static)
-            for (long i = 0; i < (shares_a ? num_panels : tiling.count); i++) {
-                if (shares_a) {
-                    pack_b(i, piece);
-                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), i, piece);
-                } else {
-                    pack_a(i, piece);
-                    for (long panel = 0; panel < num_panels; panel++) multiply_tile<ROWS>(i, piece, panel, shared + panel * panel_words());
+                for (long panel = 0; panel < num_panels; panel++) {
+                    pack_b(panel, piece);
+                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel, piece);
+                }
+            } else {
+#pragma omp for schedule(static)
+                for (long panel = 0; panel < num_panels; panel++) pack_b(panel, shared + panel * panel_words());
+#pragma omp for schedule(static)
+                for (long batch = 0; batch < num_batches(); batch++) {
+                    const long count = pack_a(batch, piece);
+                    for (long panel = 0; panel < num_panels; panel++)
+                        for (long i = 0; i < count; i++)
+                            multiply_tile<ROWS>(batch * TILES_PER_BATCH + i, piece + i * tile_words(), panel, shared + panel * panel_words());
                 }
             }
         }

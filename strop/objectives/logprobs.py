@@ -175,7 +175,8 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
 
-        width = max(_MIN_VOCAB_BLOCK, ctx.chunk_size * num_columns // max(num_rows, 1))
+        # A quarter of the forward pass's piece: this is where memory is at its largest.
+        width = max(_MIN_VOCAB_BLOCK, ctx.chunk_size * num_columns // max(4 * num_rows, 1))
         width = min(num_columns, width // _MIN_VOCAB_BLOCK * _MIN_VOCAB_BLOCK)
         buffer = hidden_RD.new_empty(num_rows * width)
         block_rows = _block_rows(num_rows, width, hidden_RD.device)

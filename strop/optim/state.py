@@ -23,7 +23,7 @@ class State(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __or__(self, other: State | dict[str, Tensor]) -> State:
+    def __or__(self, other: Mapping[str, Tensor]) -> State:
         return State({**self._parts, **(other._parts if isinstance(other, State) else other)})
 
     def under(self, prefix: str) -> State:
