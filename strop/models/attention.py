@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from strop.models.fused import lora_linear
-from strop.native import kernels as native
-from strop.native.products import input_gradient, linear, weight_gradient
+from strop.models.kernel_attention import has_kernels, kernel_attention, kernel_attention_linear
 from strop.types import Segment
 
 MAX_PADDING = 1.25
@@ -132,8 +131,8 @@ class AttentionPlan:
 
     def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, scale: float) -> Tensor:
         """Attention outputs, shape (T, N, H). Query heads share key-value heads in consecutive groups of N / K."""
-        if _has_kernels(q_TNH):
-            return _native_attention(torch.cat([q_TNH, k_TKH, v_TKH], dim=1), None, k_TKH.shape[1], self, scale)
+        if has_kernels(q_TNH):
+            return kernel_attention(torch.cat([q_TNH, k_TKH, v_TKH], dim=1), None, k_TKH.shape[1], self, scale)
         if q_TNH.device.type == "cpu":
             return _TreeAttention.apply(q_TNH, k_TKH, v_TKH, self.calls, scale)
         return fused_kernel_attention(q_TNH, k_TKH, v_TKH, self.calls, scale)
@@ -145,8 +144,8 @@ class AttentionPlan:
 
         The projection may be overwritten: nothing else may need it.
         """
-        if _has_kernels(qkv_TXH):
-            return _native_attention(qkv_TXH, rope, num_kv_heads, self, scale)
+        if has_kernels(qkv_TXH):
+            return kernel_attention(qkv_TXH, rope, num_kv_heads, self, scale)
         num_rotated = qkv_TXH.shape[1] - num_kv_heads
         qk, v = qkv_TXH.split([num_rotated, num_kv_heads], dim=1)
         if rope is not None:
@@ -166,9 +165,8 @@ class AttentionPlan:
         """attend_projected_, then W x + bias, shape (T, D). What attend_projected_ gives is kept only where making it
         again in the backward pass would take long."""
         has_gradient = torch.is_grad_enabled() and qkv_TXH.requires_grad
-        if has_gradient and _has_kernels(qkv_TXH) and self.recomputes_output:
-            assert qkv_TXH.shape[0] == self.num_tokens  # the kernels do not look
-            return _NativeAttentionLinear.apply(qkv_TXH, weight, bias, rope, num_kv_heads, self, scale)
+        if has_gradient and has_kernels(qkv_TXH) and self.recomputes_output:
+            return kernel_attention_linear(qkv_TXH, rope, num_kv_heads, self, scale, weight, bias)
         return lora_linear(self.attend_projected_(qkv_TXH, rope, num_kv_heads, scale).flatten(1), weight, bias, None)
 
 
@@ -179,109 +177,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def _has_kernels(x: Tensor) -> bool:
-    return x.shape[-1] % 32 == 0 and native.has_kernels(x)
-
-
-def _native_attention(
-    qkv_TXH: Tensor, rope: tuple[Tensor, Tensor] | None, num_kv_heads: int, plan: AttentionPlan, scale: float
-) -> Tensor:
-    assert qkv_TXH.shape[0] == plan.num_tokens  # the kernels do not look
-    if torch.is_grad_enabled() and qkv_TXH.requires_grad:
-        return _NativeAttention.apply(qkv_TXH, rope, num_kv_heads, plan, scale)
-    if rope is not None:
-        native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
-    return native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)[0]
-
-
-def _split(qkv_TXH: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv_TXH.split([qkv_TXH.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-    return q, k, v
-
-
-class _NativeAttention(torch.autograd.Function):
-    """Rotation in place and attention in one: the rotated projection and the output are kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv_TXH: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        num_kv_heads: int,
-        plan: AttentionPlan,
-        scale: float,
-    ) -> Tensor:
-        if rope is not None:
-            native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
-        output_TNH, lse_TN = native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)
-        ctx.save_for_backward(qkv_TXH, output_TNH, lse_TN)
-        ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
-        return output_TNH
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_TXH, output_TNH, lse_TN = ctx.saved_tensors
-        dqkv_TXH = _native_gradient(ctx, qkv_TXH, output_TNH, lse_TN, grad_TNH.contiguous())
-        return dqkv_TXH, None, None, None, None
-
-
-class _NativeAttentionLinear(torch.autograd.Function):
-    """_NativeAttention and the projection of its output, which is made again instead of kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv_TXH: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        rope: tuple[Tensor, Tensor] | None,
-        num_kv_heads: int,
-        plan: AttentionPlan,
-        scale: float,
-    ) -> Tensor:
-        y_TD = qkv_TXH.new_empty(qkv_TXH.shape[0], weight.shape[0])  # first: see fused.py's _room_for_product
-        if rope is not None:
-            native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
-        output_TNH, lse_TN = native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)
-        ctx.save_for_backward(qkv_TXH, weight, lse_TN)
-        ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
-        x_TE = output_TNH.flatten(1)
-        return linear(x_TE, weight, out=y_TD) if bias is None else torch.addmm(bias, x_TE, weight.T, out=y_TD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_TXH, weight, lse_TN = ctx.saved_tensors
-        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dweight = torch.empty_like(weight) if needs_weight else None
-        output_TNH, _ = native.attention(*_split(qkv_TXH, ctx.num_kv_heads), ctx.plan.native_rows[0], ctx.scale)
-        if dweight is not None:
-            weight_gradient(grad_TD, output_TNH.flatten(1), out=dweight)
-        grad_TNH = input_gradient(grad_TD, weight).view(output_TNH.shape)
-        dqkv_TXH = _native_gradient(ctx, qkv_TXH, output_TNH, lse_TN, grad_TNH)
-        return dqkv_TXH, dweight, grad_TD.sum(0) if needs_bias else None, None, None, None, None
-
-
-def _native_gradient(ctx: Any, qkv_TXH: Tensor, output_TNH: Tensor, lse_TN: Tensor, grad_TNH: Tensor) -> Tensor:
-    """The gradient of the projection before its rotation, from that of the attention's output."""
-    dqkv_TXH = torch.empty_like(qkv_TXH)
-    rows, segments = ctx.plan.native_rows
-    native.attention_backward(
-        _split(qkv_TXH, ctx.num_kv_heads),
-        output_TNH,
-        grad_TNH,
-        lse_TN,
-        _split(dqkv_TXH, ctx.num_kv_heads),
-        rows,
-        segments,
-        ctx.scale,
-    )
-    if ctx.rope is not None:
-        native.rotate_(dqkv_TXH, *ctx.rope, num_heads=qkv_TXH.shape[1] - ctx.num_kv_heads, back=True)
-    return dqkv_TXH
 
 
 def bucket_by_length(items: Sequence[_Item], length: Callable[[_Item], int]) -> list[list[_Item]]:

@@ -278,7 +278,8 @@ class Decoder(nn.Module):
         rope = self._rope(batch.position_ids_T())
         for layer in self.layers:
             x_TD = layer(x_TD, rope, plan)
-        if torch.is_grad_enabled() and x_TD.nbytes * self.config.num_layers > _LARGE:
+        is_on_cpu = x_TD.device.type == "cpu"
+        if is_on_cpu and torch.is_grad_enabled() and x_TD.nbytes * self.config.num_layers > _LARGE:
             give_back_freed_memory()
         return self.final_norm(x_TD)
 
