@@ -63,6 +63,7 @@ def run(command: str, args: Sequence[str]) -> int:
     key = None
     if arguments.api_key_file is not None:
         key = arguments.api_key_file.read_text(encoding="utf-8").strip()
+    from strop.native.teams import in_own_thread
     from strop.serving import Limits
     from strop.serving.preferences import Preferences
     from strop.serving.server import serve
@@ -73,7 +74,7 @@ def run(command: str, args: Sequence[str]) -> int:
         max_queue=arguments.max_queue,
         request_seconds=arguments.request_seconds,
     )
-    models = load_models(arguments, limits)
+    models = in_own_thread(lambda: load_models(arguments, limits))
     with ExitStack() as stack:
         preferences = None
         if arguments.preferences is not None:

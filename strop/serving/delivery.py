@@ -32,14 +32,14 @@ class Delivery:
     def __init__(self, call: Call, worker: Worker, limits: Limits) -> None:
         self.call, self._worker, self._limits = call, worker, limits
         self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
         self._job = Job(
             served=call.served,
             requests=call.requests,
             is_generated=call.is_generated,
             prompt_top=call.prompt_top,
             has_tokens=call.is_streamed,
-            sink=lambda events: _post(loop, self._events, events),
+            loop=asyncio.get_running_loop(),
+            sink=self._events.put_nowait,
         )
         self.num_left = self._job.cost
         self.completions: dict[tuple[int, int], Completion] = {}
@@ -65,11 +65,11 @@ class Delivery:
 
     async def events(self) -> AsyncIterator[Sampled | Finished | Scored]:
         """Every event until all is there. ApiError when the model fails or the time is over."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._limits.request_seconds
+        deadline = asyncio.get_running_loop().time() + self._limits.request_seconds
         while self.num_left:
             try:
-                events = await asyncio.wait_for(self._events.get(), deadline - loop.time())
+                async with asyncio.timeout_at(deadline):
+                    events = await self._events.get()
             except TimeoutError:
                 raise ApiError(504, "the request took too long", code="timeout") from None
             for event in events:
@@ -201,13 +201,6 @@ async def _while_connected(work: Any, receive: Receive) -> None:
         for task in (working, gone):
             task.cancel()
         await asyncio.gather(working, gone, return_exceptions=True)
-
-
-def _post(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[list[Event]], events: list[Event]) -> None:
-    try:
-        loop.call_soon_threadsafe(queue.put_nowait, events)
-    except RuntimeError:
-        assert loop.is_closed()  # the server has ended before its worker
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -84,8 +85,9 @@ class Job:
     """Score the prompts, with so many of the likeliest tokens each; None does not."""
     has_tokens: bool = False
     """Whether Sampled events are wanted."""
+    loop: asyncio.AbstractEventLoop
     sink: Callable[[list[Event]], None]
-    """Called in the worker's thread with what a step has brought; must not block."""
+    """Called in the loop's thread with what a step has brought; must not block."""
     events: list[Event] = field(default_factory=list)
     num_left: int = 0
     """Samples and scores that are not there yet."""
@@ -165,6 +167,7 @@ class Worker:
                 for lane in self._lanes.values():
                     started = time.perf_counter()
                     num_done = lane.step()
+                    _hand_out(lane.take_events())
                     if num_done:
                         self._settle(num_done, time.perf_counter() - started)
 
@@ -241,11 +244,18 @@ class _Lane:
         except Exception as error:  # whoever waits must hear of it, and others go on
             traceback.print_exc(file=sys.stderr)
             self._fail(is_damaged=isinstance(error, FloatingPointError))
+        return self._num_done
+
+    def take_events(self) -> list[tuple[Job, list[Event]]]:
+        """What the step has brought, by job. Jobs of which nothing is left are done with."""
+        taken: list[tuple[Job, list[Event]]] = []
         for job in list(self._jobs):
             if job.num_left == 0:
                 self._jobs.discard(job)
-            self._send(job)
-        return self._num_done
+            if job.events:
+                taken.append((job, job.events))
+                job.events = []
+        return taken
 
     def _score(self) -> None:
         batch: list[tuple[Job, int]] = []
@@ -284,10 +294,22 @@ class _Lane:
             self._num_done += job.num_left
             job.num_left = 0
 
-    def _send(self, job: Job) -> None:
-        if job.events:
-            events, job.events = job.events, []
-            job.sink(events)
+
+def _hand_out(batch: Sequence[tuple[Job, list[Event]]]) -> None:
+    """Wake each loop once: a wake-up per job lets the loop's thread and this one fight for the interpreter."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Event]]]] = {}
+    for job, events in batch:
+        by_loop.setdefault(job.loop, []).append((job, events))
+    for loop, group in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_sink, group)
+        except RuntimeError:
+            assert loop.is_closed()  # the server has ended before its worker
+
+
+def _sink(group: Sequence[tuple[Job, list[Event]]]) -> None:
+    for job, events in group:
+        job.sink(events)
 
 
 def _unpack(key: Any) -> tuple[Job, int]:
