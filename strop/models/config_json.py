@@ -62,7 +62,10 @@ def read_config(raw: Mapping[str, Any], model_type: str, where: str) -> SimpleNa
     fields = DEFAULTS[model_type] | dict(raw)
     for name, default in DEFAULTS[model_type].items():
         if not _is_valid(name, fields[name], default):
-            raise ValueError(f"{where} is not a valid {model_type} config: {name}={fields[name]!r}")
+            raise ValueError(
+                f"{where} is not a valid {model_type} config: {name}={fields[name]!r}; it must be "
+                f"{_wanted(name, default)}. Correct the file, or copy it again from where the model came from"
+            )
     heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
     if fields["hidden_size"] % heads and (model_type == "llama" or fields["head_dim"] is None):
         raise ValueError(
@@ -99,6 +102,27 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] == "llama3":
         rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
     return rope
+
+
+def _wanted(name: str, default: Any) -> str:
+    """What _is_valid takes, in words."""
+    if name in _DICTS:
+        kind = "an object"
+    elif isinstance(default, bool):
+        kind = "true or false"
+    elif isinstance(default, str):
+        kind = "a text"
+    elif isinstance(default, float):
+        kind = "a number"
+    elif name in _LISTS and name != "eos_token_id":
+        kind = f"a list of {'texts' if _LISTS[name] is str else 'whole numbers'}"
+    else:
+        kind = (
+            "a whole number"
+            + (" above 0" if name in _COUNTS else "")
+            + (" or a list of them" if name in _LISTS else "")
+        )
+    return kind + (", or null" if name in _MAY_BE_NULL else "")
 
 
 def _is_valid(name: str, value: Any, default: Any) -> bool:

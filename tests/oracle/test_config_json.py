@@ -77,6 +77,22 @@ def test_what_transformers_refuses_is_refused(given):
         read_config(given, "llama", "here/config.json")
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"vocab_size": "many"}, "a whole number above 0. Correct"),
+        ({"eos_token_id": "two"}, "a whole number or a list of them, or null"),
+        ({"rms_norm_eps": "small"}, "a number"),
+        ({"tie_word_embeddings": "yes"}, "true or false"),
+        ({"rope_scaling": "llama3"}, "an object, or null"),
+        ({"layer_types": "full_attention"}, "a list of texts, or null"),
+    ],
+)
+def test_a_refusal_says_what_is_wanted(given, wanted):
+    with pytest.raises(ValueError, match=f"{next(iter(given))}=.*; it must be {wanted}"):
+        read_config(given, "llama", "here/config.json")
+
+
 def test_loading_a_model_imports_neither_transformers_models_nor_a_compiler(tmp_path):
     config = ModelConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8
