@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import work
 from benchmarks.__main__ import MODEL, ROOT, heading, origin
+from strop.native.malloc import restart_without_thread_cache
 
 RESULTS = ROOT / "benchmarks" / "results" / "forecast.json"
 NUM_STEPS = 3
@@ -183,4 +184,5 @@ def _case(case: str, folder: Path) -> tuple[str, Any, Any]:
 
 
 if __name__ == "__main__":
+    restart_without_thread_cache()
     sys.exit(main())

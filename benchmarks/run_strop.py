@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import work
+from strop.native.malloc import restart_without_thread_cache
 
 
 def generation(job: work.Job, model_folder: str) -> None:
@@ -195,4 +196,5 @@ def main(job_name: str, model_folder: str) -> None:
 
 
 if __name__ == "__main__":
+    restart_without_thread_cache()
     main(*sys.argv[1:])

@@ -26,6 +26,7 @@ from strop.models import ModelConfig, choose_dtype, init_model
 from strop.models.decoder import Decoder
 from strop.models.footprint import layer_matrices, num_parameters, training_flops
 from strop.models.logprobs import packed_logprobs
+from strop.native.malloc import restart_without_thread_cache
 from strop.types import PackedBatch, SamplingParams, Segment
 
 FIELDS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
@@ -223,4 +224,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    restart_without_thread_cache()
     sys.exit(main())

@@ -33,6 +33,7 @@ from strop.cli import pipeline
 from strop.cli.config import build, merge_tables, read_toml, read_values, to_toml
 from strop.cli.pipeline import Entry, Plan, read_plans
 from strop.models.smollm2 import get_smollm2
+from strop.native.malloc import restart_without_thread_cache
 from strop.runs import RunFolder, read_lines
 from strop.runs.report import HeldOut, clock, estimate_text, training_seconds, write_report
 
@@ -284,4 +285,5 @@ def show(results: Sequence[Result], failures: dict[str, Exception], arguments: A
 
 
 if __name__ == "__main__":
+    restart_without_thread_cache()
     sys.exit(main(sys.argv[1:]))
