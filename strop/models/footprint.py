@@ -33,7 +33,7 @@ def num_recomputed(config: ModelConfig) -> int:
     is missing then, for 5 % of a step's matrix products. It must be the last layers: their gradients come first, and
     would otherwise be added to what the others keep.
     """
-    return (config.num_layers - 1) // 2
+    return config.num_layers * 3 // 5
 
 
 def training_flops(config: ModelConfig, segments: Sequence[Segment], num_labels: int) -> float:
