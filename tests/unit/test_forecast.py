@@ -31,8 +31,8 @@ CONFIG = ModelConfig(
     vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=5, num_heads=4, num_kv_heads=2, head_dim=8
 )
 PARAMETERS = num_parameters(CONFIG)
-NOT_KEPT = 3 * (2 * 64) * 2 * 100
-"""Three of the five layers compute gate and up of 100 tokens again."""
+NOT_KEPT = 2 * (2 * 64) * 2 * 100
+"""Two of the five layers compute gate and up of 100 tokens again."""
 WORKLOAD = Workload(
     model=CONFIG,
     dtype=torch.bfloat16,
@@ -178,7 +178,7 @@ def test_two_measured_layers_foretell_the_memory_of_five():
     model = init_model(CONFIG, seed=0)
     kept, head_peak, _ = live_bytes(model, probe_batch(work), work)
     update = forecast(work, probe).phases["update"]
-    assert num_recomputed(CONFIG) == 3
+    assert num_recomputed(CONFIG) == 2
     assert update["activations"] == pytest.approx(kept, rel=1e-3)
     assert update["activations"] + update["head"] == pytest.approx(head_peak, rel=1e-3)
 
