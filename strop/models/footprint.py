@@ -27,7 +27,7 @@ def layer_matrices(config: ModelConfig) -> int:
 
 
 def num_recomputed(config: ModelConfig) -> int:
-    """How many of the last layers compute the MLP's gate and up again in the backward pass instead of keeping them.
+    """How many of the last layers compute the MLP's gate and up again in the backward pass with Checkpointing "some".
 
     Memory is at its largest when the backward pass begins. What these layers would keep, a quarter of all activations,
     is missing then, for 5 % of a step's matrix products. It must be the last layers: their gradients come first, and
