@@ -3,7 +3,7 @@
     python -m benchmarks.forecast_check [CASE ...] [--memory]
 
 Forecast and run are each a process of its own, one after the other; the run takes three steps, the last two are timed.
-Each case is added to benchmarks/results/forecast.json and .md. --memory is for a busy machine: it leaves times out.
+Each case is added to benchmarks/results/forecast.json and .md. --memory is for a busy machine: two steps, and no times.
 """
 
 from __future__ import annotations
@@ -70,6 +70,77 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "micro_batch_tokens": 1024, "num_slots": 16, "dtype": "float32",
         },
     ),
+    "sft, 135 M, one micro-batch, nothing recomputed": (
+        "sft", {"rows": 8, "batch_tokens": 2048, "micro_batch_tokens": 2048, "gradient_checkpointing": "none"},
+    ),
+    "sft, 135 M, one micro-batch, all recomputed": (
+        "sft", {"rows": 8, "batch_tokens": 2048, "micro_batch_tokens": 2048, "gradient_checkpointing": "all"},
+    ),
+    "sft, 135 M, micro-batches of 1024, all recomputed": (
+        "sft", {"rows": 24, "batch_tokens": 4096, "micro_batch_tokens": 1024, "gradient_checkpointing": "all"},
+    ),
+    "sft, 135 M, LoRA": ("sft", {"rows": 8, "batch_tokens": 2048, "micro_batch_tokens": 2048, "lora": {"rank": 8}}),
+    "sft, 135 M, LoRA, micro-batches of 1024, all recomputed": (
+        "sft",
+        {
+            "rows": 24, "batch_tokens": 4096, "micro_batch_tokens": 1024, "lora": {"rank": 8},
+            "gradient_checkpointing": "all",
+        },
+    ),
+    "grpo, 135 M, LoRA, 4 x 8 x 64, reference": (
+        "grpo",
+        {
+            "group_size": 8, "sampling": {"max_new_tokens": 64}, "micro_batch_tokens": 2560, "num_slots": 32,
+            "kl_coef": 0.05, "lora": {"rank": 8},
+        },
+    ),
+    "dpo, 135 M, 8 pairs": ("dpo", {"rows": 8, "batch_size": 8, "micro_batch_tokens": 4096}),
+    "dpo, 135 M, 8 pairs, micro-batches of 1024": (
+        "dpo", {"rows": 8, "batch_size": 8, "micro_batch_tokens": 1024},
+    ),
+    "dpo, 135 M, LoRA, 8 pairs": (
+        "dpo", {"rows": 8, "batch_size": 8, "micro_batch_tokens": 4096, "lora": {"rank": 8}},
+    ),
+    "dpo, 135 M, online, 4 x 4 x 64": (
+        "dpo",
+        {
+            "online": {"tasks": "TASKS", "group_size": 4, "num_slots": 16}, "sampling": {"max_new_tokens": 64},
+            "batch_size": 4, "micro_batch_tokens": 1024,
+        },
+    ),
+    "reward-model, 135 M, 8 pairs": ("reward-model", {"rows": 8, "batch_size": 8, "micro_batch_tokens": 4096}),
+    "reward-model, 135 M, 8 pairs, micro-batches of 1024": (
+        "reward-model", {"rows": 8, "batch_size": 8, "micro_batch_tokens": 1024},
+    ),
+    "ppo, 135 M, 4 x 8 x 64, own critic": (
+        "ppo",
+        {
+            "group_size": 8, "sampling": {"max_new_tokens": 64}, "micro_batch_tokens": 2560, "num_slots": 32,
+            "kl_coef": 0.0, "epochs_per_rollout": 1,
+        },
+    ),
+    "ppo, 135 M, 4 x 8 x 64, shared trunk": (
+        "ppo",
+        {
+            "group_size": 8, "sampling": {"max_new_tokens": 64}, "micro_batch_tokens": 2560, "num_slots": 32,
+            "kl_coef": 0.0, "epochs_per_rollout": 1, "critic": {"network": "shared"},
+        },
+    ),
+    "ppo, 135 M, 4 x 4 x 32, own critic, reference, reward model, micro-batches of 512": (
+        "ppo",
+        {
+            "group_size": 4, "sampling": {"max_new_tokens": 32}, "micro_batch_tokens": 512, "num_slots": 16,
+            "epochs_per_rollout": 2, "rewards": [{"name": "model", "options": {"model": "REWARD_MODEL"}}],
+        },
+    ),
+    "ppo, 135 M, LoRA, 4 x 8 x 64, shared trunk, reward model": (
+        "ppo",
+        {
+            "group_size": 8, "sampling": {"max_new_tokens": 64}, "micro_batch_tokens": 2560, "num_slots": 32,
+            "epochs_per_rollout": 1, "critic": {"network": "shared"}, "lora": {"rank": 8},
+            "rewards": [{"name": "model", "options": {"model": "REWARD_MODEL"}}],
+        },
+    ),
 }  # fmt: skip
 
 
@@ -81,12 +152,13 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [list(CASES)[number - 1] for number in options.cases] or list(CASES)
     if options.do:
-        work.emit({"forecast": forecast_case, "run": run_case}[options.do](chosen[0]))
+        steps = 2 if options.memory else NUM_STEPS
+        work.emit({"forecast": forecast_case, "run": run_case}[options.do](chosen[0], steps))
         return 0
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     for case in chosen:
         number = str(list(CASES).index(case) + 1)
-        ahead, real = (_half(number, what) for what in ("forecast", "run"))
+        ahead, real = (_half(number, what, *["--memory"] * options.memory) for what in ("forecast", "run"))
         print(case, ahead, real, file=sys.stderr, flush=True)
         if options.memory:
             ahead, real = (
@@ -117,14 +189,15 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def forecast_case(case: str) -> dict[str, float]:
+def forecast_case(case: str, num_steps: int) -> dict[str, float]:
     import torch.utils.tensorboard  # noqa: F401
 
     from strop.cli.workload import workload
-    from strop.stages.forecast import forecast, measure
+    from strop.stages.forecast import forecast
+    from strop.stages.forecast_probe import measure
 
     with tempfile.TemporaryDirectory() as folder:
-        stage, config, _ = _case(case, Path(folder))
+        stage, config, _ = _case(case, Path(folder), num_steps)
         planned = workload(stage, config, Path(folder))
         result = forecast(planned, measure(planned))
     parts = {f"gb {name}": size / 1e9 for name, size in result.phases[result.largest_phase].items() if size}
@@ -132,11 +205,11 @@ def forecast_case(case: str) -> dict[str, float]:
     return {"peak_gb": result.peak_bytes / 1e9, "seconds": result.step_seconds} | parts
 
 
-def run_case(case: str) -> dict[str, float]:
+def run_case(case: str, num_steps: int) -> dict[str, float]:
     from strop.runs import read_lines
 
     with tempfile.TemporaryDirectory() as folder:
-        _, config, train = _case(case, Path(folder))
+        _, config, train = _case(case, Path(folder), num_steps)
         run = train(config, name="check", runs_dir=Path(folder), resume=False)
         lines = [line for line in read_lines(run / "metrics.jsonl") if line["step"] > 1]
     parts = {
@@ -148,21 +221,21 @@ def run_case(case: str) -> dict[str, float]:
     return {"peak_gb": work.peak_gb(), "seconds": seconds} | parts
 
 
-def _half(number: str, what: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.forecast_check", number, "--do", what]
+def _half(number: str, what: str, *flags: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.forecast_check", number, "--do", what, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{what} of case {number} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _case(case: str, folder: Path) -> tuple[str, Any, Any]:
+def _case(case: str, folder: Path, num_steps: int) -> tuple[str, Any, Any]:
     """(stage, its config, its train) with the data that it needs in `folder`."""
     from strop.cli.config import build, read_values
     from strop.cli.stages import load_stage
 
     name, settings = CASES[case]
-    table = {**settings, "num_steps": NUM_STEPS, "save_every": 1000}
+    table = {**settings, "num_steps": num_steps, "save_every": 1000}
     data = folder / "data"
     if name == "pretrain":
         with lzma.open(ROOT / "recipes" / "demo" / "kjv.txt.xz", "rt", encoding="utf-8") as book:
@@ -171,16 +244,45 @@ def _case(case: str, folder: Path) -> tuple[str, Any, Any]:
         if table.get("tokenizer") == "MODEL":
             table["tokenizer"] = str(MODEL)
     else:
-        rows = [{"messages": messages} for messages in work.conversations(table.pop("rows", 0))]
-        if name == "grpo":
-            questions = work.questions(4)
-            rows = [{"prompt": [{"role": "user", "content": question}]} for question in questions]
-            table = {"prompts_per_step": 4, "rewards": [{"name": "benchmarks.work:long_answer_reward"}], **table}
-        path = data.with_suffix(".jsonl")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        table |= {"from": str(MODEL), "tasks" if name == "grpo" else "data": str(path)}
+        table |= {"from": str(MODEL)} | _data(name, table, folder)
     stage = load_stage(name)
     return name, build(stage.Config, read_values(table, stage.Config, case), case), stage.train
+
+
+def _data(stage: str, table: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings that name data, which is written to `folder`."""
+    count = table.pop("rows", 0)
+    tasks = [{"prompt": [{"role": "user", "content": question}]} for question in work.questions(4)]
+    rows = {
+        "sft": [{"messages": messages} for messages in work.conversations(count)],
+        "dpo": work.pairs(count) if count else tasks,
+        "reward-model": work.pairs(count),
+    }.get(stage, tasks)
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = [{"name": "benchmarks.work:long_answer_reward"}]
+    if "online" in table:
+        return {"online": {**table["online"], "tasks": str(path)}, "rewards": own}
+    if stage not in ("grpo", "ppo"):
+        return {"data": str(path)}
+    rewards = table.get("rewards", own)
+    if "options" in rewards[0]:
+        # Made in a process of its own: its memory is not the run's.
+        subprocess.run([sys.executable, "-c", _MAKE_REWARD_MODEL, str(MODEL), str(folder / "reward")], check=True)
+        rewards = [{"name": "model", "options": {"model": str(folder / "reward")}}]
+    return {"prompts_per_step": table.get("prompts_per_step", 4), "tasks": str(path), "rewards": rewards}
+
+
+_MAKE_REWARD_MODEL = """
+import sys
+from strop.models import load_model
+from strop.models.heads import add_scalar_head, save_scalar_model
+from strop.models.reward_scale import RewardScale
+from strop.tokenizer import Tokenizer
+source, target = sys.argv[1:]
+save_scalar_model(add_scalar_head(load_model(source), seed=0), target, reward_scale=RewardScale(mean=0.0, std=1.0))
+Tokenizer.load(source).save(target)
+"""
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def _forecast(recipe: Path, stage: str | None, args: Sequence[str]) -> int:
     import torch.utils.tensorboard  # noqa: F401  what a run imports belongs to its memory
 
     from strop.cli.workload import workload
-    from strop.stages.forecast import forecast, measure
+    from strop.stages.forecast import forecast
+    from strop.stages.forecast_probe import measure
 
     work = workload(stage, call.config, call.runs_dir)
     result = forecast(work, measure(work))
@@ -172,17 +173,22 @@ def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | No
     from rich.console import Console
     from rich.table import Table
 
-    from strop.models.footprint import num_parameters
     from strop.models.precision import measure_gemm
 
     console = Console(highlight=False)
-    shape = work.model
+    learner = work.learner
+    model = f"{learner.num_weights / 1e6:.1f} M parameters, {learner.model.num_layers} layers"
+    if learner.lora is not None:
+        model += f", {learner.num_trained / 1e6:.2f} M of an adapter that learn"
+    if work.critic is not None:
+        model += f"; critic {work.critic.num_weights / 1e6:.1f} M"
     dtype = str(work.dtype).removeprefix("torch.")
     peak = measure_gemm(work.dtype)
     _print(
         {
             "stage": stage,
-            "model": f"{num_parameters(shape) / 1e6:.1f} M parameters, {shape.num_layers} layers, {dtype}",
+            "model": f"{model}; {dtype}",
+            "gradient checkpointing": learner.checkpointing,
             "micro-batch": f"{work.micro_tokens:,} tokens, {work.num_labels:,} of them count",
             "step": f"{work.tokens_per_step:,} training tokens, {work.num_updates} update(s)",
             **{f"assumed {number}": text for number, text in enumerate(work.assumptions, start=1)},
@@ -206,7 +212,8 @@ def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | No
 def _print_remedies(stage: str, call: StageCall, free: int) -> None:
     """Forecast what each smaller setting would need, and name those that fit."""
     from strop.cli.workload import smaller, workload
-    from strop.stages.forecast import forecast, measure
+    from strop.stages.forecast import forecast
+    from strop.stages.forecast_probe import measure
 
     print(f"\nThis does not fit into {MARGIN:.0%} of the free memory. What would be needed with")
     fits = False

@@ -1,6 +1,7 @@
 """Ids -> hidden states, logits or scalars. Hugging Face names and files on disk."""
 
 from strop.models.adapters import tokenizer_folder
+from strop.models.checkpointing import Checkpointing
 from strop.models.config import ModelConfig
 from strop.models.decoder import Decoder, init_model
 from strop.models.interface import CausalLM
@@ -10,6 +11,7 @@ from strop.models.precision import choose_dtype
 
 __all__ = [
     "CausalLM",
+    "Checkpointing",
     "Decoder",
     "LoraConfig",
     "ModelConfig",

@@ -75,6 +75,7 @@ class AttentionPlan:
     Attention runs on small padded blocks gathered from the packed rows, while all other layers see packed tokens only.
 
     With only_branches trunks are looked at and do not look: their rows of the output are left as they are, undefined.
+    With keeps_output no backward pass computes attention again, however little it would cost.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class AttentionPlan:
         dtype: torch.dtype,
         device: torch.device,
         only_branches: bool = False,
+        keeps_output: bool = False,
     ) -> None:
         self.segments, self._dtype, self._device, self._only_branches = segments, dtype, device, only_branches
+        self._keeps_output = keeps_output
         self.num_tokens = sum(map(len, segments))
 
     @cached_property
@@ -120,6 +123,8 @@ class AttentionPlan:
 
     @cached_property
     def recomputes_output(self) -> bool:
+        if self._keeps_output:
+            return False
         rows = self.native_rows[0]
         length, trunk = rows[:, 1], rows[:, 3]
         pairs = int((length * trunk + length * (length + 1) // 2).sum())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from strop.models.attention import AttentionPlan, rotate
 from strop.models.cache import KVCache
+from strop.models.checkpointing import Checkpointing, recomputed
 from strop.models.config import ModelConfig, RopeScaling
 from strop.models.footprint import num_recomputed
 from strop.models.fused import (
@@ -153,9 +154,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(n)) * up(n)) of the normalised input n, gate and up fused (Shazeer 2020, SwiGLU)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.is_recomputed = layer >= config.num_layers - num_recomputed(config)
+        self.is_recomputed = False
+        """Whether gate and up are computed again in the backward pass; Decoder.set_checkpointing decides."""
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
@@ -180,9 +182,16 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention = Attention(config, layer)
-        self.mlp = MLP(config, layer)
+        self.mlp = MLP(config)
+        self.is_recomputed = False
+        """Whether all of it is computed again in the backward pass; Decoder.set_checkpointing decides."""
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        if self.is_recomputed:
+            return recomputed(lambda x_TD: self._forward(x_TD, rope, plan), x_TD, list(self.parameters()))
+        return self._forward(x_TD, rope, plan)
+
+    def _forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         # In place: nobody else needs the two products, and two more tensors of this size would leave holes in the heap.
         x_TD = self.attention(x_TD, rope, plan).add_(x_TD)
         return self.mlp(x_TD).add_(x_TD)
@@ -243,6 +252,15 @@ class Decoder(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: casting the model to bf16 must leave the angles exact.
         self._frequencies_H = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.set_checkpointing("some")
+
+    def set_checkpointing(self, what: Checkpointing) -> None:
+        """How much the backward passes from now on compute again; the gradients stay the same to the bit."""
+        first = self.config.num_layers - num_recomputed(self.config)
+        for index, layer in enumerate(self.layers):
+            layer.is_recomputed = what == "all"
+            layer.mlp.is_recomputed = what == "some" and index >= first
+        self._keeps_attention = what != "some"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -274,7 +292,7 @@ class Decoder(nn.Module):
         return self._hidden(x_TD, batch), head_VD
 
     def _hidden(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        plan = AttentionPlan(batch.segments, dtype=self.dtype, device=self.device)
+        plan = AttentionPlan(batch.segments, dtype=self.dtype, device=self.device, keeps_output=self._keeps_attention)
         rope = self._rope(batch.position_ids_T())
         for layer in self.layers:
             x_TD = layer(x_TD, rope, plan)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from strop.models.attention import bucket_by_length
+from strop.models.checkpointing import Checkpointing
 from strop.models.folders import MAX_SHARD_BYTES, TensorFolder, read_json, some, write_json
 from strop.models.interface import Cache
 from strop.models.loading import replace_weights, widest
@@ -100,6 +101,14 @@ class FallbackModel(nn.Module):
 
     def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return self.hidden(batch), self.lm_head_weight
+
+    def set_checkpointing(self, what: Checkpointing) -> None:
+        """Nothing is ever computed again here, so that "some" is "none"."""
+        if what == "all":
+            raise ValueError(
+                f'gradient_checkpointing = "all" is not supported for {type(self.model).__name__}, which runs through '
+                "transformers: leave it out, and lower micro_batch_tokens instead"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""

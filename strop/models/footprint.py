@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 from strop.models.config import ModelConfig
 from strop.types import Segment
@@ -19,6 +20,11 @@ def num_parameters(config: ModelConfig) -> int:
     return embeddings + config.num_layers * (layer_matrices(config) + biases) + norms
 
 
+def num_layer_parameters(config: ModelConfig) -> int:
+    """All weights of one layer."""
+    return num_parameters(dataclasses.replace(config, num_layers=config.num_layers + 1)) - num_parameters(config)
+
+
 def layer_matrices(config: ModelConfig) -> int:
     """Entries of one layer's matrices, each of which multiplies every token once."""
     query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -27,7 +33,7 @@ def layer_matrices(config: ModelConfig) -> int:
 
 
 def num_recomputed(config: ModelConfig) -> int:
-    """How many of the last layers compute the MLP's gate and up again in the backward pass instead of keeping them.
+    """How many of the last layers compute the MLP's gate and up again in the backward pass with Checkpointing "some".
 
     Memory is at its largest when the backward pass begins. What these layers would keep, a third of all activations,
     is missing then, for 8 % more matrix products of a step. It must be the last layers: their gradients come first, and
@@ -60,3 +66,19 @@ def cache_bytes(config: ModelConfig, *, num_slots: int, length: int, bytes_per_n
 def _pairs(segment: Segment) -> int:
     own = segment.trunk * (segment.trunk + 1) // 2
     return own + sum(length * segment.trunk + length * (length + 1) // 2 for length in segment.branches)
+
+
+def adapter_matrices(config: ModelConfig, *, rank: int, target_modules: Collection[str]) -> list[int]:
+    """Entries of each matrix that a LoRA adapter (lora.py) has in one layer."""
+    query_width, key_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "q_proj": (width, query_width),
+        "k_proj": (width, key_width),
+        "v_proj": (width, key_width),
+        "o_proj": (query_width, width),
+        "gate_proj": (width, inner),
+        "up_proj": (width, inner),
+        "down_proj": (inner, width),
+    }
+    return [rank * size for name in target_modules for size in shapes[name]]

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from strop.models.checkpointing import Checkpointing
 from strop.types import PackedBatch
 
 
@@ -66,6 +67,10 @@ class CausalLM(Protocol):
 
     def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """(hidden, lm_head_weight) for one loss on both."""
+        ...
+
+    def set_checkpointing(self, what: Checkpointing) -> None:
+        """How much the backward passes from now on compute again. ValueError where the model cannot."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...

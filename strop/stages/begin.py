@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from strop.models import CausalLM, Decoder, LoraConfig, choose_dtype, load_model, tokenizer_folder
+from strop.models import CausalLM, Checkpointing, Decoder, LoraConfig, choose_dtype, load_model, tokenizer_folder
 from strop.models.adapters import adapter_parts, add_adapter, check_same_config, is_adapter
 from strop.models.lora import reference_of
 from strop.models.precision import DTYPES, fastest, measure_dtypes
@@ -61,14 +61,24 @@ def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_policy(start: Start, lora: LoraConfig | None, dtype: torch.dtype, device: str, seed: int) -> CausalLM:
+def load_policy(
+    start: Start,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    device: str,
+    seed: int,
+    *,
+    checkpointing: Checkpointing,
+) -> CausalLM:
     """The model to train. With lora only an adapter is trainable: the checkpoint's own, or a fresh one on its weights.
 
     Without lora, a checkpoint that is an adapter is merged into its base, and everything is trained. ValueError where
-    [lora] differs from the adapter that the run starts from, or the architecture is one that takes none.
+    [lora] differs from the adapter that the run starts from, or the architecture is one that takes none, or that cannot
+    compute everything again (gradient_checkpointing).
     """
     folder = start.model_folder
     model = load_model(folder, dtype=dtype, device=device, adapter="merge" if lora is None else "keep")
+    model.set_checkpointing(checkpointing)
     if lora is None:
         return model
     if not isinstance(model, Decoder):

@@ -228,7 +228,9 @@ def prepare(
     """Everything that the first step needs, checked; and the held-out comparisons."""
     tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
     dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_policy(start, config.lora, dtype, config.device, config.seed)
+    policy = load_policy(
+        start, config.lora, dtype, config.device, config.seed, checkpointing=config.gradient_checkpointing
+    )
     tokenizer.check_fits(policy.config.vocab_size)
     limit = policy.config.max_position_embeddings
     prompt_ids = encode_prompts(tasks["online.tasks"], tokenizer, config.sampling.max_new_tokens, limit)

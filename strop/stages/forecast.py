@@ -1,39 +1,44 @@
 """What a training step will cost, before it runs: peak memory by component, and seconds.
 
-Two small models, of one and of two layers but otherwise of the true shape, run a micro-batch of the true size here and
-now. What the second layer adds is what every further layer adds; the rest is embedding and head. So the forecast
-follows the code that will run, whatever it keeps, drops or recomputes.
+Small models, of one and of two layers but otherwise of the true shape, run a micro-batch of the true size here and now
+(forecast_probe.py). What the second layer adds is what every further layer adds; the rest is embedding and head. So the
+forecast follows the code that will run, whatever it keeps, drops or recomputes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 
-from strop.generation.sampler import MAX_ELEMENTS, RowParams, Sampler
+from strop.generation.sampler import MAX_ELEMENTS
+from strop.models import Checkpointing, LoraConfig
 from strop.models.cache import BLOCK
 from strop.models.config import ModelConfig
-from strop.models.decoder import Decoder, uninitialised
-from strop.models.footprint import cache_bytes, layer_matrices, num_parameters, num_recomputed, training_flops
+from strop.models.footprint import (
+    adapter_matrices,
+    cache_bytes,
+    layer_matrices,
+    num_layer_parameters,
+    num_parameters,
+    num_recomputed,
+    training_flops,
+)
 from strop.models.fused import can_pack
-from strop.models.live_memory import LiveMemory
-from strop.models.logprobs import packed_logprobs
-from strop.optim import AdamW, eight_bit, optimizer_step
-from strop.types import PackedBatch, SamplingParams, Segment
+from strop.optim import eight_bit
+from strop.types import Segment
 
-ALLOCATOR_SHARE = 1.0
-"""Of the activations, added for freed blocks that the C library keeps and cannot use for the next, larger ones: a run
-of many small tensors was measured to need about twice its live activations (benchmarks/results/forecast.md)."""
+ALLOCATOR_SHARE = 0.35
+"""Of the activations, added for freed blocks that the C library keeps and cannot use for others (docs/speed.md)."""
+PAGE = 4096
+"""Bytes that a moment takes when the first of its numbers is written (optim/own_pages.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """The sampling of one GRPO step.
+    """The sampling of one step.
 
     Example: Rollout(num_prompts=4, group_size=8, prompt_tokens=46, new_tokens=64, num_slots=32)
     """
@@ -54,33 +59,88 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learner:
+    """A network that learns, as far as its cost depends on it."""
+
+    model: ModelConfig
+    output: Literal["logprobs", "scores", "logprobs and values"] = "logprobs"
+    """A language model, one with a scalar head instead, or, PPO's shared trunk, with a value head beside its own."""
+    with_entropy: bool = False
+    lora: LoraConfig | None = None
+    checkpointing: Checkpointing = "some"
+    is_8bit: bool = False
+    """Whether [optimizer] state = "8bit"."""
+    seen_tokens: frozenset[int] | None = None
+    """Those whose rows of the embedding ever get a gradient; None = all. With a scalar head no others do."""
+
+    @property
+    def trained_in_a_layer(self) -> list[int]:
+        """Entries of one layer's parameters that learn; those of one that learns as a whole come as one number."""
+        if self.lora is None:
+            return [num_layer_parameters(self.model)]
+        return adapter_matrices(self.model, rank=self.lora.rank, target_modules=self.lora.target_modules)
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters in the compute dtype: all but an adapter's."""
+        head = 0
+        if self.output == "scores":
+            head = self.model.hidden_size * (1 if self.model.tie_embeddings else 1 - self.model.vocab_size)
+        return num_parameters(self.model) + head
+
+    @property
+    def num_trained(self) -> int:
+        return self.num_weights if self.lora is None else self.model.num_layers * sum(self.trained_in_a_layer)
+
+    @property
+    def num_recomputed(self) -> int:
+        """Last layers that keep less than the first ones. An adapter on the MLP keeps gate and up in all."""
+        has_mlp = self.lora is not None and {"gate_proj", "up_proj", "down_proj"} & {*self.lora.target_modules}
+        return num_recomputed(self.model) if self.checkpointing == "some" and not has_mlp else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """One step of a stage, as far as its cost depends on it."""
 
-    model: ModelConfig
+    learner: Learner
+    """The policy, or the only model."""
+    critic: Learner | None = None
+    """PPO's own critic, which trains on the policy's micro-batches after it."""
     dtype: torch.dtype
     micro_batch: tuple[Segment, ...]
     """The largest one."""
     num_labels: int
-    """Positions of it that get logits."""
+    """Positions of it that get logits, or a score."""
     tokens_per_step: int
     """Packed positions that are trained on in one step, over all its updates."""
     tokens_per_update: int
     num_updates: int = 1
     frozen_tokens: int = 0
-    """Positions that get a forward pass only: for old and for reference logprobs."""
+    """Positions that get a forward pass of the learner only: for old and for reference logprobs."""
+    value_tokens: int = 0
+    """Positions of which an own critic is asked the values before the updates."""
     has_reference: bool = False
-    with_entropy: bool = False
+    """Whether a second model is kept: with an adapter it is the base, and costs only its own adapter."""
+    loaded_copies: int = 0
+    """Sets of the learner's weights that live while the run is set up, and no longer."""
     file_bytes: int = 0
     """Size of the weights on disk, which are mapped while they are read; 0 = a new model."""
+    reward_bytes: int = 0
+    """Weights of the reward models and judges that compute in this process."""
     rollout: Rollout | None = None
     has_kernels: bool = False
     """Whether the C++ kernels do the work: then a master is the weight and 2 bytes, the gradients of a single
     micro-batch stay in bfloat16, and the packed weights of a rollout include the head."""
-    is_8bit: bool = False
-    """Whether [optimizer] state = "8bit"."""
     assumptions: tuple[str, ...] = ()
     """What could not be known and was supposed instead, in words."""
+
+    @property
+    def learners(self) -> dict[str, Learner]:
+        """By the name of their phase."""
+        if self.critic is None:
+            return {"update": self.learner}
+        return {"update": self.learner, "critic's update": self.critic}
 
     @property
     def micro_tokens(self) -> int:
@@ -91,20 +151,20 @@ class Workload:
         """Whether an update has more than one micro-batch, so that gradients wait while activations are made."""
         return self.tokens_per_update > self.micro_tokens
 
-    @property
-    def gradient_bytes(self) -> float:
-        """Per parameter."""
-        return 2.0 if self.has_kernels and not self.accumulates else 4.0
+    def gradient_bytes(self, learner: Learner) -> float:
+        """Per entry that learns."""
+        is_narrow = self.has_kernels and learner.lora is None and not self.accumulates
+        return 2.0 if is_narrow else 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Of one of the two small models; bytes are on top of weights, masters and moments."""
+    """Of a small model; bytes are on top of weights, masters and moments, and of gradients that wait."""
 
     kept_bytes: int
     """What the forward pass leaves for the backward pass."""
     head_peak_bytes: int
-    """Peak until the gradient reaches the last layer, without gradients from an earlier micro-batch."""
+    """Peak until the gradient reaches the last layer."""
     tail_peak_bytes: int
     """Peak from there to the end of the backward pass."""
     train_seconds: float
@@ -116,21 +176,57 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What was measured here for one Workload."""
+class Layers:
+    """What was measured for one learner."""
 
     one: Measured
     two: Measured
-    """With one and with two layers."""
+    """With one and with two layers of the first kind."""
+    last: Measured | None = None
+    """With one layer of the last kind, which keeps less; None where all are alike."""
+
+    def at(self, name: str, learner: Learner) -> float:
+        """A figure of Measured for the whole learner."""
+        num_last = learner.num_recomputed
+        total = getattr(self.one, name) + (learner.model.num_layers - 1) * self.slope(name)
+        return total + num_last * (getattr(self.last, name) - getattr(self.one, name)) if self.last else total
+
+    def slope(self, name: str) -> float:
+        """What one more layer of the first kind adds."""
+        return max(0.0, getattr(self.two, name) - getattr(self.one, name))
+
+    def moments(self, learner: Learner, layer_gradients: float) -> list[tuple[float, float, float]]:
+        """(live bytes, those of kept activations, those of gradients) at every moment that may be the worst.
+
+        layer_gradients: bytes by which the gradients grow with every layer whose backward pass is done; 0 where they
+        were all there before. The first moment is the one before the last layer, the others are inside each layer.
+        """
+        num_layers, num_last = learner.model.num_layers, learner.num_recomputed
+        top = self.last or self.one
+        kept = self.at("kept_bytes", learner)
+        # A small model's figures count its one layer's activations; those of the others come on top.
+        found = [(top.head_peak_bytes + kept - top.kept_bytes, kept, 0.0)]
+        slope = self.slope("kept_bytes")
+        slope_last = slope + (0 if self.last is None else self.last.kept_bytes - self.one.kept_bytes)
+        for layer in range(num_layers):
+            is_last = self.last is not None and layer >= num_layers - num_last
+            small = self.last if is_last and self.last is not None else self.one
+            below = min(layer, num_layers - num_last) * slope + max(0, layer - num_layers + num_last) * slope_last
+            gradients = (num_layers - 1 - layer) * layer_gradients
+            found.append((small.tail_peak_bytes + below + gradients, below, gradients))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was measured here for one Workload."""
+
+    learners: tuple[Layers, ...]
+    """In the order of Workload.learners."""
     import_bytes: int
     """Resident size of a process that has imported everything and has no model yet."""
     optimizer_seconds: float
-    """Per parameter."""
-
-    def at(self, name: str, num_layers: int) -> float:
-        """A figure of Measured for so many layers."""
-        one, two = getattr(self.one, name), getattr(self.two, name)
-        return one + (num_layers - 1) * max(0.0, two - one)
+    """Per entry that learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +236,7 @@ class Forecast:
     phases: dict[str, dict[str, float]]
     seconds: dict[str, float]
     training_gflops: float
-    """Useful floating-point operations per second of the updates, in 1e9."""
+    """Useful floating-point operations per second of the learner's updates, in 1e9."""
 
     @property
     def largest_phase(self) -> str:
@@ -156,58 +252,90 @@ class Forecast:
 
 
 def forecast(workload: Workload, probe: Probe) -> Forecast:
-    """The arithmetic from two layers to all of them. A run's peak is that of its largest phase."""
-    config, itemsize = workload.model, workload.dtype.itemsize
-    parameters = num_parameters(config)
-    is_low = workload.dtype.itemsize < 4
+    """The arithmetic from few layers to all of them. A run's peak is that of its largest phase."""
+    learner, itemsize = workload.learner, workload.dtype.itemsize
     resident = {
         "imports": float(probe.import_bytes),
-        "weights": float(parameters * itemsize),
-        "reference": float(parameters * itemsize * workload.has_reference),
+        "weights": float(learner.num_weights * itemsize),
+        "adapter": 4.0 * learner.num_trained * (learner.lora is not None) * (1 + workload.has_reference),
+        "reference": float(learner.num_weights * itemsize * (workload.has_reference and learner.lora is None)),
+        "critic": 0.0 if workload.critic is None else float(workload.critic.num_weights * itemsize),
+        "reward models": float(workload.reward_bytes),
     }
-    master_bytes = (2.0 if workload.has_kernels else 4.0) if is_low else 0.0
-    # Two bytes and two fp32 scales per block; the few norms that stay wide do not show.
-    moment_bytes = 2.0 + 8.0 / eight_bit.BLOCK if workload.is_8bit else 8.0
-    optimizer = {"masters": master_bytes * parameters, "moments": moment_bytes * parameters}
-    phases = {"load": resident | {"weights file": float(workload.file_bytes)}}
+    states = [_state_bytes(workload, each) for each in workload.learners.values()]
+    optimizer = {name: sum(state[name] for state in states) for name in ("masters", "moments")}
+    loading = {"weights file": workload.file_bytes, "copies": workload.loaded_copies * resident["weights"]}
+    phases = {"load": resident | loading}
     if workload.rollout is not None:
         phases["rollout"] = resident | optimizer | _rollout_bytes(workload, workload.rollout)
-    phases["update"] = resident | optimizer | _update_bytes(workload, probe)
+    for place, name in enumerate(workload.learners):
+        phases[name] = resident | optimizer | _update_bytes(workload, probe, place)
     seconds = _seconds(workload, probe)
-    flops = training_flops(config, workload.micro_batch, workload.num_labels)
-    return Forecast(
-        phases=phases,
-        seconds=seconds,
-        training_gflops=flops / probe.at("train_seconds", config.num_layers) / 1e9,
-    )
+    flops = training_flops(learner.model, workload.micro_batch, workload.num_labels * (learner.output != "scores"))
+    if learner.lora is not None:  # the weights get no gradient: one of three products less
+        flops *= 2 / 3
+    train_seconds = probe.learners[0].at("train_seconds", learner)
+    return Forecast(phases=phases, seconds=seconds, training_gflops=flops / train_seconds / 1e9)
 
 
-def _update_bytes(workload: Workload, probe: Probe) -> dict[str, float]:
+def _state_bytes(workload: Workload, learner: Learner) -> dict[str, float]:
+    """Masters and moments of what learns."""
+    if learner.lora is not None:  # float32, each its own master
+        sizes = learner.trained_in_a_layer
+        each = [size * _moment_bytes(learner.is_8bit and size >= eight_bit.MIN_ENTRIES) for size in sizes]
+        return {"masters": 0.0, "moments": learner.model.num_layers * sum(each)}
+    is_low = workload.dtype.itemsize < 4
+    master_bytes = (2.0 if workload.has_kernels else 4.0) if is_low else 0.0
+    moment_bytes = _moment_bytes(learner.is_8bit)
+    count = learner.num_trained
+    masters, moments = master_bytes * count, moment_bytes * count
+    if learner.seen_tokens is not None and workload.has_kernels and not learner.is_8bit:
+        rows, width = learner.model.vocab_size, learner.model.hidden_size
+        masters += _page_bytes(learner.seen_tokens, 2 * width) - 2 * width * rows
+        moments += 2 * (_page_bytes(learner.seen_tokens, 4 * width) - 4 * width * rows)
+    return {"masters": masters, "moments": moments}
+
+
+def _moment_bytes(is_8bit: bool) -> float:
+    """Per entry: two bytes and two fp32 scales per block. The few norms that stay wide do not show."""
+    return 2.0 + 8.0 / eight_bit.BLOCK if is_8bit else 8.0
+
+
+def _page_bytes(rows: frozenset[int], row_bytes: int) -> int:
+    """Memory of an array of which only these rows are ever written."""
+    pages: set[int] = set()
+    for row in rows:
+        pages.update(range(row * row_bytes // PAGE, ((row + 1) * row_bytes - 1) // PAGE + 1))
+    return PAGE * len(pages)
+
+
+def _update_bytes(workload: Workload, probe: Probe, place: int) -> dict[str, float]:
     """Gradients, activations, and whatever else lives at the worst moment of a backward pass."""
-    config = workload.model
-    gradients = workload.gradient_bytes * num_parameters(config)
-    # One and two layers are too few for any to be recomputed.
-    gate_up = 2 * config.intermediate_size * workload.dtype.itemsize * workload.micro_tokens
-    not_kept = num_recomputed(config) * gate_up
-    kept = probe.at("kept_bytes", config.num_layers) - not_kept
-    # While it runs, the last layer has its gate and up after all.
-    at_head = probe.at("head_peak_bytes", config.num_layers) - max(0, not_kept - gate_up)
-    if workload.accumulates:
-        parts = {"gradients": gradients, "activations": kept, "head": at_head - kept}
-    else:
-        # With one micro-batch gradients come as activations go: either end of the backward pass may be the worst.
-        one_layer = workload.gradient_bytes * _layer_parameters(config)
-        at_end = probe.one.tail_peak_bytes + (config.num_layers - 1) * one_layer
-        if at_head >= at_end:
-            parts = {"gradients": 0.0, "activations": kept, "head": at_head - kept}
-        else:
-            parts = {"gradients": gradients, "activations": 0.0, "head": max(0.0, at_end - gradients)}
-    return parts | {"allocator": ALLOCATOR_SHARE * kept}
+    learners = list(workload.learners.values())
+    learner, layers = learners[place], probe.learners[place]
+    gradients = [workload.gradient_bytes(each) * each.num_trained for each in learners]
+    # The learners take turns in every micro-batch: with one, only the gradients of those before are there already.
+    waiting = sum(gradients) if workload.accumulates else sum(gradients[:place])
+    growth = 0.0 if workload.accumulates else workload.gradient_bytes(learner) * sum(learner.trained_in_a_layer)
+    live, kept, own = max(layers.moments(learner, growth))
+    return {
+        "gradients": waiting + own,
+        "activations": kept,
+        "passing": live - kept - own,
+        "allocator": ALLOCATOR_SHARE * layers.at("kept_bytes", learner) + _widened_bytes(workload),
+    }
+
+
+def _widened_bytes(workload: Workload) -> float:
+    """The places of the first micro-batch's bfloat16 gradients, which go one by one as their fp32 sums come."""
+    if not (workload.has_kernels and workload.accumulates):
+        return 0.0
+    return 2.0 * sum(each.num_trained for each in workload.learners.values() if each.lora is None)
 
 
 def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
     """Cache, packed weights, and what a decode step makes, of which logits and sampler are all but a little."""
-    config, dtype = workload.model, workload.dtype
+    config, dtype = workload.learner.model, workload.dtype
     slots = min(rollout.num_slots, max(rollout.num_samples, rollout.eval_samples))
     prompts = min(max(1, rollout.num_slots // 4), max(rollout.num_prompts, rollout.eval_samples))
     length = -(-(rollout.prompt_tokens + rollout.new_tokens) // BLOCK) * BLOCK
@@ -223,179 +351,34 @@ def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
 
 
 def _seconds(workload: Workload, probe: Probe) -> dict[str, float]:
-    layers = workload.model.num_layers
+    policy, learners = workload.learner, list(workload.learners.values())
     micro_batches = workload.tokens_per_step / workload.micro_tokens
     seconds = {}
     if workload.rollout is not None:
         rollout = workload.rollout
         rounds = rollout.num_samples / min(rollout.num_slots, rollout.num_samples)
-        seconds["prefill"] = probe.at("prefill_seconds", layers)
-        seconds["decoding"] = rounds * (rollout.new_tokens - 1) * probe.at("decode_seconds", layers)
+        seconds["prefill"] = probe.learners[0].at("prefill_seconds", policy)
+        seconds["decoding"] = rounds * (rollout.new_tokens - 1) * probe.learners[0].at("decode_seconds", policy)
     if workload.frozen_tokens:
         frozen_batches = workload.frozen_tokens / workload.micro_tokens
-        seconds["old and reference logprobs"] = frozen_batches * probe.at("forward_seconds", layers)
-    seconds["forward and backward"] = micro_batches * probe.at("train_seconds", layers)
-    seconds["optimizer"] = workload.num_updates * probe.optimizer_seconds * num_parameters(workload.model)
+        seconds["old and reference logprobs"] = frozen_batches * probe.learners[0].at("forward_seconds", policy)
+    if workload.critic is not None:
+        value_batches = workload.value_tokens / workload.micro_tokens
+        seconds["values"] = value_batches * probe.learners[1].at("forward_seconds", workload.critic)
+        seconds["critic"] = micro_batches * probe.learners[1].at("train_seconds", workload.critic)
+    seconds["forward and backward"] = micro_batches * probe.learners[0].at("train_seconds", policy)
+    trained = sum(learner.num_trained for learner in learners)
+    seconds["optimizer"] = workload.num_updates * probe.optimizer_seconds * trained
     return seconds
 
 
-def measure(workload: Workload) -> Probe:
-    """Run the two small models; some seconds. Call it in a process that has imported what the stage imports."""
-    _warm_up(workload)
-    import_bytes = resident_bytes()
-    models = [_model(workload, num_layers) for num_layers in (1, 2)]
-    one, two = (_measured(model, workload) for model in models)
-    return Probe(one=one, two=two, import_bytes=import_bytes, optimizer_seconds=_optimizer_seconds(models[1], workload))
-
-
-def _warm_up(workload: Workload) -> None:
-    """Run something tiny of everything: torch imports much, and makes its threads, when it is first needed."""
-    config = ModelConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=64
-    )
-    tiny = dataclasses.replace(workload, model=config, micro_batch=(Segment(trunk=2),), num_labels=2)
-    if workload.rollout is not None:
-        tiny = dataclasses.replace(tiny, rollout=dataclasses.replace(workload.rollout, prompt_tokens=2, new_tokens=2))
-    model = _model(tiny, 1)
-    _measured(model, tiny)
-    _optimizer_seconds(model, tiny)
-
-
-def resident_bytes() -> int:
-    """Of this process, now. 0 where /proc does not say."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.is_file() else []:
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _layer_parameters(config: ModelConfig) -> int:
-    fewer = dataclasses.replace(config, num_layers=config.num_layers + 1)
-    return num_parameters(fewer) - num_parameters(config)
-
-
-def _model(workload: Workload, num_layers: int) -> Decoder:
-    config = dataclasses.replace(workload.model, num_layers=num_layers)
-    model = uninitialised(Decoder, config, dtype=workload.dtype, device="cpu")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    return model
-
-
-def _measured(model: Decoder, workload: Workload) -> Measured:
-    batch = probe_batch(workload)
-
-    def train() -> None:
-        logprobs_R, _ = packed_logprobs(model, batch, with_entropy=workload.with_entropy)
-        logprobs_R.mean().backward()
-
-    def run_frozen() -> None:
-        with torch.no_grad():
-            packed_logprobs(model, batch)
-
-    optimizer = AdamW(model.named_parameters())
-    kept_bytes, head_peak, tail_peak = live_bytes(model, batch, workload)
-    optimizer.zero_grad()
-    train_seconds = _best_seconds(train)
-    optimizer.zero_grad()
-    forward_seconds = _best_seconds(run_frozen) if workload.frozen_tokens else 0.0
-    prefill_seconds, decode_seconds = (0.0, 0.0)
-    if workload.rollout is not None:
-        prefill_seconds, decode_seconds = _rollout_seconds(model, workload.rollout)
-    return Measured(
-        kept_bytes=kept_bytes,
-        head_peak_bytes=head_peak,
-        tail_peak_bytes=tail_peak,
-        train_seconds=train_seconds,
-        forward_seconds=forward_seconds,
-        decode_seconds=decode_seconds,
-        prefill_seconds=prefill_seconds,
-    )
-
-
-def live_bytes(model: Decoder, batch: PackedBatch, workload: Workload) -> tuple[int, int, int]:
-    """(kept, peak at the head, peak after it) of one forward and backward pass."""
-    marks: list[int] = []
-
-    def mark(*_: object) -> None:
-        marks.append(memory.peak_bytes)
-        memory.reset_peak()
-
-    hook = model.final_norm.register_forward_hook(lambda module, inputs, output: output.register_hook(mark) and None)
-    try:
-        with LiveMemory() as memory:
-            logprobs_R, _ = packed_logprobs(model, batch, with_entropy=workload.with_entropy)
-            kept = memory.live_bytes
-            logprobs_R.mean().backward()
-    finally:
-        hook.remove()
-    [head_peak] = marks
-    return kept, head_peak, memory.peak_bytes
-
-
-def probe_batch(workload: Workload) -> PackedBatch:
-    tokens = torch.randint(workload.model.vocab_size, (workload.micro_tokens,))
-    is_counted = torch.arange(workload.micro_tokens) >= workload.micro_tokens - workload.num_labels
-    return PackedBatch(token_ids_T=tokens, labels_T=tokens, loss_mask_T=is_counted, segments=workload.micro_batch)
-
-
-def _rollout_seconds(model: Decoder, rollout: Rollout) -> tuple[float, float]:
-    """(prefill of all prompts, one decode step at the middle of a completion)."""
-    slots = min(rollout.num_slots, rollout.num_samples)
-    length = rollout.prompt_tokens + rollout.new_tokens
-    cache = model.new_cache(num_slots=slots, max_length=length)
-    prompts = [[0] * rollout.prompt_tokens] * min(rollout.num_prompts, slots)
-    repeats = rollout.num_prompts / len(prompts)
-    prefill = _best_seconds(lambda: model.prefill(prompts, cache, range(len(prompts))))
-    middle = rollout.prompt_tokens + rollout.new_tokens // 2
-    sampler, params = Sampler(), RowParams([SamplingParams()] * slots, torch.device("cpu"))
-    tokens_S, uniforms_S = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), 0.5, dtype=torch.float64)
-
-    def step() -> None:
-        cache.lengths_S.fill_(middle)
-        sampler(model.logits(model.decode_step(tokens_S, cache)), uniforms_S, params)
-
-    with torch.inference_mode(), model.decoding(slots):
-        return repeats * prefill, _best_seconds(step, tries=5)
-
-
-def _optimizer_seconds(model: Decoder, workload: Workload) -> float:
-    """Of one update, per parameter."""
-    optimizer = AdamW(model.named_parameters(), is_8bit=workload.is_8bit)
-
-    def update() -> None:
-        for parameter in model.parameters():
-            parameter.grad = None
-        logprobs_R, _ = packed_logprobs(model, small)
-        logprobs_R.mean().backward()
-
-    small = probe_batch(dataclasses.replace(workload, micro_batch=(Segment(trunk=2),), num_labels=2))
-    best = float("inf")
-    for _ in range(3):
-        update()
-        start = time.perf_counter()
-        optimizer_step(optimizer, lr=1e-6, max_grad_norm=1.0)
-        best = min(best, time.perf_counter() - start)
-    return best / num_parameters(model.config)
-
-
-def _best_seconds(run: Callable[[], object], tries: int = 2) -> float:
-    run()
-    best = float("inf")
-    for _ in range(tries):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def packed_segments(pattern: Sequence[Segment], max_tokens: int) -> tuple[Segment, ...]:
+def packed_segments(
+    pattern: Sequence[Segment], max_tokens: int, *, max_segments: int | None = None
+) -> tuple[Segment, ...]:
     """The pattern, again and again, as long as it fits into max_tokens; at least its first segment."""
     segments: list[Segment] = []
     total = 0
-    while pattern:
+    while pattern and (max_segments is None or len(segments) < max_segments):
         segment = pattern[len(segments) % len(pattern)]
         if segments and total + len(segment) > max_tokens:
             break

@@ -273,7 +273,9 @@ def _train(
     run = start.run
     tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
     dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_policy(start, config.lora, dtype, config.device, config.seed)
+    policy = load_policy(
+        start, config.lora, dtype, config.device, config.seed, checkpointing=config.gradient_checkpointing
+    )
     tokenizer.check_fits(policy.config.vocab_size)
     reference = load_reference(start, policy, config.lora, dtype, config.device) if config.kl_coef else None
     limit = policy.config.max_position_embeddings

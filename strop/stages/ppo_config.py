@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from strop.models import LoraConfig
+from strop.models import Checkpointing, LoraConfig
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.rollouts.prompts import Sampling
@@ -121,6 +121,9 @@ class Config:
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
+    gradient_checkpointing: Checkpointing = "some"
+    """What backward passes compute again instead of keeping it: some of it, none (faster, more memory), or all layers
+    (a third slower, least memory). The result is the same."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype of rollouts and training; auto measures. The weights that learn are float32 in any case."""
     device: str = "cpu"

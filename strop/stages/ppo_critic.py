@@ -115,6 +115,7 @@ def make_critic(
         )
         network = _with_zero_head(start_model, 'critic.start = ""')
         start.settle("critic", lambda: "own network, from the policy's weights and a head of zeros")
+    network.backbone.set_checkpointing(config.gradient_checkpointing)
     where = f"{saved or config.critic.start or 'the policy'}/config.json"
     optimizer = config.critic_optimizer.build(network.named_parameters())
     return Critic(network=network, scale=read_reward_scale(network.source_config, where), optimizer=optimizer)

@@ -11,7 +11,7 @@ from strop.data import PretrainBatches, TokenShards, build_shards, stream_texts
 from strop.data.sources import source_hash
 from strop.evals.text import bits_per_byte
 from strop.generation import Engine
-from strop.models import CausalLM, ModelConfig, init_model, load_model, save_model
+from strop.models import CausalLM, Checkpointing, ModelConfig, init_model, load_model, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
 from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_tokenizer
@@ -109,6 +109,9 @@ class Config:
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
+    gradient_checkpointing: Checkpointing = "some"
+    """What backward passes compute again instead of keeping it: some of it, none (faster, more memory), or all layers
+    (a third slower, least memory). The result is the same."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto measures. The weights that learn are float32 in any case."""
     device: str = "cpu"
@@ -228,12 +231,15 @@ def _model(config: Config, start: Start, tokenizer: Tokenizer) -> CausalLM:
     dtype = chosen_dtype(start, config.dtype, config.device)
     if start.resumed or start.parent:
         model = load_model(start.model_folder, dtype=dtype, device=config.device)
+        model.set_checkpointing(config.gradient_checkpointing)
         limit = model.config.max_position_embeddings
         if config.context_length > limit:
             raise ValueError(f"context_length={config.context_length} exceeds the model's {limit} positions: lower it")
         return model
     model_config = new_model_config(config, tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
-    return init_model(model_config, seed=derive_seed(config.seed, "init"), dtype=dtype).to(config.device)
+    model = init_model(model_config, seed=derive_seed(config.seed, "init"), dtype=dtype).to(config.device)
+    model.set_checkpointing(config.gradient_checkpointing)
+    return model
 
 
 def new_model_config(

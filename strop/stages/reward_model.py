@@ -225,6 +225,7 @@ def load_reward_model(config: Config, start: Start, tokenizer: Tokenizer) -> Sca
                 "(docs/reward_model.md lists them)"
             )
         model = add_scalar_head(base, seed=derive_seed(config.seed, "head"))
+    model.backbone.set_checkpointing(config.gradient_checkpointing)
     model.config = replace(model.config, pad_token_id=tokenizer.pad_id)
     return model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from strop.data import PackedBatches, load_rows, sft_examples
-from strop.models import LoraConfig, save_model
+from strop.models import Checkpointing, LoraConfig, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, derive_seed, start_run
 from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
@@ -44,6 +44,9 @@ class Config:
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 2
     """Older ones are deleted."""
+    gradient_checkpointing: Checkpointing = "some"
+    """What backward passes compute again instead of keeping it: some of it, none (faster, more memory), or all layers
+    (a third slower, least memory). The result is the same."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto measures. The weights that learn are float32 in any case."""
     device: str = "cpu"
@@ -78,7 +81,9 @@ def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
         run = start.run
         tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
         dtype = chosen_dtype(start, config.dtype, config.device)
-        model = load_policy(start, config.lora, dtype, config.device, config.seed)
+        model = load_policy(
+            start, config.lora, dtype, config.device, config.seed, checkpointing=config.gradient_checkpointing
+        )
         tokenizer.check_fits(model.config.vocab_size)
         examples = sft_examples(rows, tokenizer, config.max_length, on_too_long=config.on_too_long)
         check_lengths(examples, model.config.max_position_embeddings)

@@ -127,7 +127,9 @@ def make_actors(config: Config, start: Start, prompts: Prompts, reward: Reward |
     """Policy, reference and reward, and whatever is wrong with them or the prompts found before the first step."""
     tokenizer = kept_tokenizer(start, lambda: load_tokenizer(start))
     dtype = chosen_dtype(start, config.dtype, config.device)
-    policy = load_policy(start, config.adapter, dtype, config.device, config.seed)
+    policy = load_policy(
+        start, config.adapter, dtype, config.device, config.seed, checkpointing=config.gradient_checkpointing
+    )
     tokenizer.check_fits(policy.config.vocab_size)
     reference = load_reference(start, policy, config.adapter, dtype, config.device) if config.kl_coef else None
     if not config.all_weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from strop.models import LoraConfig
+from strop.models import Checkpointing, LoraConfig
 from strop.objectives.aggregate import Aggregation
 from strop.optim import OptimizerConfig
 from strop.rewards.answers import check_answer_pattern
@@ -89,6 +89,9 @@ class Config:
     """Steps between checkpoints, beside those that agreed best so far and the last."""
     keep_checkpoints: int = 2
     """Older ones are deleted, but never the one that agreed best."""
+    gradient_checkpointing: Checkpointing = "some"
+    """What backward passes compute again instead of keeping it: some of it, none (faster, more memory), or all layers
+    (a third slower, least memory). The result is the same."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype of rollouts and training; auto measures. The weights that learn are float32 in any case."""
     device: str = "cpu"
@@ -149,6 +152,7 @@ class Config:
             lora=self.adapter,
             micro_batch_tokens=self.micro_batch_tokens,
             num_slots=self.num_slots,
+            gradient_checkpointing=self.gradient_checkpointing,
             dtype=self.dtype,
             device=self.device,
             seed=self.seed,

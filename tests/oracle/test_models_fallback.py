@@ -185,3 +185,12 @@ def test_folder_problems_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="quantization_config is not supported"):
         load_model(tmp_path)
+
+
+def test_what_it_cannot_compute_again_is_refused(tmp_path: Path):
+    theirs("gpt2").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.set_checkpointing("some")
+    model.set_checkpointing("none")
+    with pytest.raises(ValueError, match='gradient_checkpointing = "all" is not supported for GPT2LMHeadModel'):
+        model.set_checkpointing("all")
