@@ -3,9 +3,9 @@
     first 382 =   3        last 382 =   2        max 382 =   8        min 382 =   2        add 382 =   5 (3 + 2)
 
 "noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
-often wrong but seldom twice in the same way, and its vote is mostly right. "doubtful" and "noisier": more of that
-noise, and of the first more test questions. "misled": max, min and add are taught WRONG of the time with one definite
-wrong rule (the middle digit; the sum without its carry), so that most votes about them are wrong.
+often wrong but seldom twice in the same way, and its vote is mostly right. "sure": the same with more test questions.
+"doubtful": that with more noise. "noisier": "noisy" with still more. "misled": max, min and add are taught WRONG of the
+time with one definite wrong rule (the middle digit; the sum without its carry), so that most votes about them are wrong.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from strop.optim import OptimizerConfig
 from strop.stages import sft
 from strop.tokenizer import train_bpe
 
-NOISE = {"noisy": 0.42, "doubtful": 0.46, "noisier": 0.5}
+NOISE = {"noisy": 0.42, "sure": 0.42, "doubtful": 0.46, "noisier": 0.5}
 WRONG = 0.65
-TEST_TRIPLES = {"doubtful": 300}
+TEST_TRIPLES = {"sure": 300, "doubtful": 300}
 """Of the 1000, 100 where the kind is not named: they are in no example and in no prompt of a run."""
 TAUGHT_TRIPLES = 500
 """Of the others: those that the base's examples are about."""
