@@ -5,7 +5,7 @@
 "noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
 often wrong but seldom twice in the same way, and its vote is mostly right. "sure": the same with more test questions.
 "doubtful": that with more noise. "noisier": "noisy" with still more. "misled": max, min and add are taught WRONG of the
-time with one definite wrong rule (the middle digit; the sum without its carry), so that most votes about them are wrong.
+time with one definite wrong rule (the middle digit; the sum without its carry): most votes about them are wrong.
 """
 
 from __future__ import annotations
