@@ -4,7 +4,7 @@
     python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
 
 Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
-kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy, noisier), 500 (misled) or 1,200 (sure,
+kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy, noisier), 500 (misled) or 1,200 (calibrated,
 doubtful) questions that are in no example and no prompt of a run; their intervals are over questions, within one seed.
 Differences are of the same questions, in pairs.
 
@@ -13,9 +13,9 @@ Differences are of the same questions, in pairs.
     collapse    reward = "entropy" at fifty times the learning rate, watched
     unwatched   the same without the early stop
 
-    all weights             TTRL without an adapter, for longer, on sure, doubtful and noisier bases. (An adapter
-                            leaves the embedding and the last norm alone, and with them the size of the logits: it
-                            cannot become as sure.)
+    all weights             TTRL without an adapter, for longer, on calibrated, doubtful and noisier bases. (An
+                            adapter leaves the embedding and the last norm alone, and with them the size of the
+                            logits: it cannot become as sure.)
     all weights shuffled    its control
 """
 
@@ -52,7 +52,7 @@ from strop.types import Completion, Task, Verdict
 VOTES = 8
 ARMS = {
     "noisy": ("majority", "shuffled", "collapse", "unwatched"),
-    "sure": ("all weights", "all weights shuffled"),
+    "calibrated": ("all weights", "all weights shuffled"),
     "doubtful": ("all weights", "all weights shuffled"),
     "noisier": ("all weights", "all weights shuffled"),
     "misled": ("majority",),
