@@ -165,7 +165,7 @@ def main() -> int:
                 {name: value for name, value in half.items() if name != "seconds" and not name.startswith("s ")}
                 for half in (ahead, real)
             )
-        about = {"command": "python -m benchmarks.forecast_check"}
+        about = {"command": "python -m benchmarks.forecast_check" + " --memory" * options.memory}
         found[case] = {"forecast": ahead, "measured": real, "origin": heading(origin() | about)}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         RESULTS.with_suffix(".md").write_text(f"{found[case]['origin']}\n\n{render(found)}\n", encoding="utf-8")
@@ -199,7 +199,7 @@ def forecast_case(case: str, num_steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         stage, config, _ = _case(case, Path(folder), num_steps)
         planned = workload(stage, config, Path(folder))
-        result = forecast(planned, measure(planned))
+        result = forecast(planned, measure(planned, has_times=num_steps == NUM_STEPS))
     parts = {f"gb {name}": size / 1e9 for name, size in result.phases[result.largest_phase].items() if size}
     parts |= {f"s {name}": value for name, value in result.seconds.items()}
     return {"peak_gb": result.peak_bytes / 1e9, "seconds": result.step_seconds} | parts

@@ -219,7 +219,7 @@ def _print_remedies(stage: str, call: StageCall, free: int) -> None:
     fits = False
     for what, config in smaller(stage, call.config):
         work = workload(stage, config, call.runs_dir)
-        needed = forecast(work, measure(work)).peak_bytes
+        needed = forecast(work, measure(work, has_times=False)).peak_bytes
         fits = fits or needed <= MARGIN * free
         print(f"  {what}: {needed / 1e9:.2f} GB{', which fits' if needed <= MARGIN * free else ''}")
     if not fits:

@@ -30,8 +30,9 @@ from strop.models.fused import can_pack
 from strop.optim import eight_bit
 from strop.types import Segment
 
-ALLOCATOR_SHARE = 0.35
-"""Of the activations, added for freed blocks that the C library keeps and cannot use for others (docs/speed.md)."""
+ALLOCATOR_SHARE = 0.2
+"""Of the activations, added for freed blocks that the C library keeps and cannot use for others: 0.05 to 0.45 of them
+were measured, half of the runs below 0.15 (benchmarks/results/forecast.md)."""
 PAGE = 4096
 """Bytes that a moment takes when the first of its numbers is written (optim/own_pages.py)."""
 
@@ -167,8 +168,8 @@ class Measured:
     """Peak until the gradient reaches the last layer."""
     tail_peak_bytes: int
     """Peak from there to the end of the backward pass."""
-    train_seconds: float
-    forward_seconds: float
+    train_seconds: float = 0.0
+    forward_seconds: float = 0.0
     decode_seconds: float = 0.0
     """One step of all slots, sampler included."""
     prefill_seconds: float = 0.0
@@ -236,7 +237,7 @@ class Forecast:
     phases: dict[str, dict[str, float]]
     seconds: dict[str, float]
     training_gflops: float
-    """Useful floating-point operations per second of the learner's updates, in 1e9."""
+    """Useful floating-point operations per second of the learner's updates, in 1e9; 0 without measured times."""
 
     @property
     def largest_phase(self) -> str:
@@ -275,7 +276,8 @@ def forecast(workload: Workload, probe: Probe) -> Forecast:
     if learner.lora is not None:  # the weights get no gradient: one of three products less
         flops *= 2 / 3
     train_seconds = probe.learners[0].at("train_seconds", learner)
-    return Forecast(phases=phases, seconds=seconds, training_gflops=flops / train_seconds / 1e9)
+    gflops = flops / train_seconds / 1e9 if train_seconds else 0.0
+    return Forecast(phases=phases, seconds=seconds, training_gflops=gflops)
 
 
 def _state_bytes(workload: Workload, learner: Learner) -> dict[str, float]:

@@ -24,14 +24,18 @@ from strop.stages.forecast import Layers, Learner, Measured, Probe, Rollout, Wor
 from strop.types import PackedBatch, SamplingParams, Segment
 
 
-def measure(workload: Workload) -> Probe:
-    """Run the small models; some seconds. Call it in a process that has imported what the stage imports."""
+def measure(workload: Workload, *, has_times: bool = True) -> Probe:
+    """Run the small models; some seconds. Call it in a process that has imported what the stage imports.
+
+    Without times, which are all 0 then, it takes a quarter of them.
+    """
     _warm_up(workload)
     import_bytes = resident_bytes()
+    small = Small(workload.learner, workload, num_layers=2)
     return Probe(
-        learners=tuple(_layers(learner, workload) for learner in workload.learners.values()),
+        learners=tuple(_layers(learner, workload, has_times) for learner in workload.learners.values()),
         import_bytes=import_bytes,
-        optimizer_seconds=_optimizer_seconds(Small(workload.learner, workload, num_layers=2), workload),
+        optimizer_seconds=_optimizer_seconds(small, workload) if has_times else 0.0,
     )
 
 
@@ -81,13 +85,13 @@ def set_kind(decoder: Decoder, learner: Learner, *, is_last_kind: bool) -> None:
         layer.mlp.is_recomputed = is_last_kind
 
 
-def _layers(learner: Learner, workload: Workload) -> Layers:
-    one, two = (_measured(Small(learner, workload, num_layers=count), workload) for count in (1, 2))
+def _layers(learner: Learner, workload: Workload, has_times: bool) -> Layers:
+    one, two = (_measured(Small(learner, workload, num_layers=count), workload, has_times) for count in (1, 2))
     if not learner.num_recomputed:
         return Layers(one=one, two=two)
     last = Small(learner, workload, num_layers=1, is_last_kind=True)
     # Decoding is the same in all layers.
-    measured = _measured(last, dataclasses.replace(workload, rollout=None))
+    measured = _measured(last, dataclasses.replace(workload, rollout=None), has_times)
     times = {"decode_seconds": one.decode_seconds, "prefill_seconds": one.prefill_seconds}
     return Layers(one=one, two=two, last=dataclasses.replace(measured, **times))
 
@@ -108,7 +112,7 @@ def _warm_up(workload: Workload) -> None:
         tiny = dataclasses.replace(tiny, rollout=dataclasses.replace(workload.rollout, prompt_tokens=2, new_tokens=2))
     for learner in tiny.learners.values():
         small = Small(learner, tiny, num_layers=1)
-        _measured(small, tiny)
+        _measured(small, tiny, has_times=True)
         _optimizer_seconds(small, tiny)
 
 
@@ -121,7 +125,7 @@ def resident_bytes() -> int:
     return 0
 
 
-def _measured(small: Small, workload: Workload) -> Measured:
+def _measured(small: Small, workload: Workload, has_times: bool) -> Measured:
     batch = probe_batch(workload)
 
     def run_frozen() -> None:
@@ -133,6 +137,8 @@ def _measured(small: Small, workload: Workload) -> Measured:
             small.loss(batch).backward()
     kept_bytes, head_peak, tail_peak = live_bytes(small, batch)
     small.optimizer.zero_grad()
+    if not has_times:
+        return Measured(kept_bytes=kept_bytes, head_peak_bytes=head_peak, tail_peak_bytes=tail_peak)
     train_seconds = _best_seconds(lambda: small.loss(batch).backward())
     small.optimizer.zero_grad()
     has_frozen = workload.frozen_tokens or workload.value_tokens
