@@ -4,18 +4,17 @@
     python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
 
 Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
-kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy, noisier), 500 (misled) or 1,200 (calibrated,
-doubtful) questions that are in no example and no prompt of a run; their intervals are over questions, within one seed.
-Differences are of the same questions, in pairs.
+kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy, noisier) or 500 questions that are in no example
+and no prompt of a run; their intervals are over questions, within one seed. Differences are of the same questions, in
+pairs.
 
     majority    TTRL                                    noisy and misled base
     shuffled    control: the majority answer of another prompt of the rollout counts as right
     collapse    reward = "entropy" at fifty times the learning rate, watched
     unwatched   the same without the early stop
 
-    all weights             TTRL without an adapter, for longer, on calibrated, doubtful and noisier bases. (An
-                            adapter leaves the embedding and the last norm alone, and with them the size of the
-                            logits: it cannot become as sure.)
+    all weights             TTRL without an adapter, for longer, on the noisier base. (An adapter leaves the embedding
+                            and the last norm alone, and with them the size of the logits: it cannot become as sure.)
     all weights shuffled    its control
 """
 
@@ -52,8 +51,6 @@ from strop.types import Completion, Task, Verdict
 VOTES = 8
 ARMS = {
     "noisy": ("majority", "shuffled", "collapse", "unwatched"),
-    "calibrated": ("all weights", "all weights shuffled"),
-    "doubtful": ("all weights", "all weights shuffled"),
     "noisier": ("all weights", "all weights shuffled"),
     "misled": ("majority",),
 }
@@ -90,7 +87,7 @@ def config(arm: str, seed: int, folder: Path) -> Config:
     return Config(
         init_from="base",
         tasks=str(folder / "tasks.jsonl"),
-        num_steps=60 if is_collapse else 400 if has_all_weights else 80,
+        num_steps=60 if is_collapse else 200 if has_all_weights else 80,
         reward="entropy" if is_collapse else "majority",
         num_votes=16 if is_collapse else VOTES,
         group_size=16 if is_collapse else VOTES,
@@ -103,7 +100,7 @@ def config(arm: str, seed: int, folder: Path) -> Config:
         kl_coef=0.0 if is_collapse else 0.001,
         all_weights=has_all_weights,
         lora=LoraConfig() if has_all_weights else LoraConfig(rank=16, alpha=32),
-        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 1.5e-4 if has_all_weights else 6e-4),
+        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 3e-4 if has_all_weights else 6e-4),
         num_slots=256,
         save_every=10**6,
         samples_per_step=32,

@@ -3,10 +3,9 @@
     first 382 =   3        last 382 =   2        max 382 =   8        min 382 =   2        add 382 =   5 (3 + 2)
 
 "noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
-often wrong but seldom twice in the same way, and its vote is mostly right. "doubtful", "noisier": more of that noise.
-"calibrated": as "noisy", but ten times the examples, so that the base is wrong as often as they are and at random, not
-by heart. "misled": max, min and add are taught WRONG of the time with one definite wrong rule (the middle
-digit; the sum without its carry): most votes about them are wrong.
+often wrong but seldom twice in the same way, and its vote is mostly right. "noisier": more of that noise. "misled":
+max, min and add are taught WRONG of the time with one definite wrong rule (the middle digit; the sum without its
+carry), so that most votes about them are wrong.
 """
 
 from __future__ import annotations
@@ -21,15 +20,14 @@ from strop.optim import OptimizerConfig
 from strop.stages import sft
 from strop.tokenizer import train_bpe
 
-NOISE = {"noisy": 0.42, "calibrated": 0.42, "doubtful": 0.46, "noisier": 0.5}
+NOISE = {"noisy": 0.42, "noisier": 0.5}
 WRONG = 0.65
-TEST_TRIPLES = {"calibrated": 300, "doubtful": 300}
-"""Of the 1000, 100 where the kind is not named: they are in no example and in no prompt of a run."""
+TEST_TRIPLES = 100
+"""Of the 1000: they are in no example and in no prompt of a run."""
 TAUGHT_TRIPLES = 500
 """Of the others: those that the base's examples are about."""
-COPIES = {"calibrated": 40}
-"""Examples of each taught question, each with an answer of its own; 4 where the kind is not named, so that training
-goes over each some twenty times and learns much of the noise by heart."""
+COPIES = 4
+"""Examples of each taught question, each with an answer of its own."""
 SFT_STEPS = 900
 
 Triple = tuple[int, int, int]
@@ -54,7 +52,7 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
     training, ops = write_tasks(kind, folder, draw)
     examples = [
         {"prompt": question(op, digits), "completion": f" {taught(kind, op, digits, draw)}"}
-        for _ in range(COPIES.get(kind, 4))
+        for _ in range(COPIES)
         for digits in training[:TAUGHT_TRIPLES]
         for op in ops
     ]
@@ -97,8 +95,7 @@ def write_tasks(kind: str, folder: Path, draw: random.Random) -> tuple[list[Trip
     triples = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
     draw.shuffle(triples)
     ops = [op for op in RIGHT if kind == "misled" or op != "add"]
-    num_test = TEST_TRIPLES.get(kind, 100)
-    test, training = triples[:num_test], triples[num_test:]
+    test, training = triples[:TEST_TRIPLES], triples[TEST_TRIPLES:]
     for name, own in (("test", test), ("tasks", training)):
         rows = [{"prompt": question(op, digits), "answer": str(RIGHT[op](digits))} for digits in own for op in ops]
         draw.shuffle(rows)
