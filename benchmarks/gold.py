@@ -68,7 +68,7 @@ RECIPES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
         "math",
     ),
     "recipes/ttrl": (
-        lambda folder: write_tasks("noisy", folder, random.Random("noisy 0")),
+        lambda folder: write_tasks("slips", folder, random.Random("slips 0")),
         ("tasks", "test"),
         "math",
     ),

@@ -1,21 +1,18 @@
 """What test-time RL does: where the vote is mostly right, where it is systematically wrong, and when it collapses.
 
-    python -m benchmarks.ttrl --seeds 0 1 2 --save ttrl     about 8 minutes per seed on one thread
-    python -m benchmarks.ttrl --seeds 0 --only noisy        a part; what is finished in runs/ttrl-study is not redone
+    python -m benchmarks.ttrl --save ttrl                   about 9 minutes per seed on one thread
+    python -m benchmarks.ttrl --seeds 2 --only misled       a part; what is finished in runs/ttrl-study is not redone
 
 Small models (ttrl_tasks.py), so that every figure can be repeated. Every arm starts from the same base of its seed and
-kind. pass@1 and maj@8 are measured on frozen weights and 400 (noisy, noisier) or 500 questions that are in no example
-and no prompt of a run; their intervals are over questions, within one seed. Differences are of the same questions, in
-pairs.
+kind. pass@1 and maj@N are measured on frozen weights and the 300 (slips) or 500 (misled) questions that are in no
+example and no prompt of a run; their intervals are over questions, within one seed. Differences are of the same
+questions, in pairs. maj@8 is the level of the vote that the labels come from, maj@32 that of a larger one.
 
-    majority    TTRL                                    noisy and misled base
-    shuffled    control: the majority answer of another prompt of the rollout counts as right
-    collapse    reward = "entropy" at fifty times the learning rate, watched
-    unwatched   the same without the early stop
-
-    all weights             TTRL without an adapter, for longer, on the noisier base. (An adapter leaves the embedding
-                            and the last norm alone, and with them the size of the logits: it cannot become as sure.)
-    all weights shuffled    its control
+    majority        TTRL on an adapter                                   slips and misled base
+    all weights     TTRL without an adapter                              slips
+    shuffled        control of the two: the majority answer of another prompt of the rollout counts as right
+    collapse        reward = "entropy" at a high learning rate, watched  slips
+    unwatched       the same without the early stop
 """
 
 from __future__ import annotations
@@ -49,11 +46,12 @@ from strop.tokenizer import Tokenizer
 from strop.types import Completion, Task, Verdict
 
 VOTES = 8
+MANY_VOTES = 32
 ARMS = {
-    "noisy": ("majority", "shuffled", "collapse", "unwatched"),
-    "noisier": ("all weights", "all weights shuffled"),
+    "slips": ("majority", "all weights", "shuffled", "all weights shuffled", "collapse", "unwatched"),
     "misled": ("majority",),
 }
+SAMPLING = Sampling(max_new_tokens=8)
 CURVES = (
     "eval/pass@1", "eval/base_agreement", "eval/self_agreement", "eval/distinct_answers", "eval/entropy",
     "label_accuracy", "reward_accuracy", "majority_share",
@@ -80,19 +78,20 @@ def _verdicts(tasks: Sequence[Task], keys: Sequence[str | None], labels: dict[st
     ]
 
 
-def config(arm: str, seed: int, folder: Path) -> Config:
+def config(kind: str, arm: str, seed: int, folder: Path) -> Config:
     is_collapse = arm in ("collapse", "unwatched")
     has_all_weights = arm.startswith("all weights")
     every = 5 if is_collapse else 10
+    lr = {"slips": 1e-3, "misled": 6e-4}[kind]
     return Config(
         init_from="base",
         tasks=str(folder / "tasks.jsonl"),
-        num_steps=60 if is_collapse else 200 if has_all_weights else 80,
+        num_steps=60 if is_collapse else {"slips": 150, "misled": 80}[kind],
         reward="entropy" if is_collapse else "majority",
         num_votes=16 if is_collapse else VOTES,
         group_size=16 if is_collapse else VOTES,
         prompts_per_step=16 if is_collapse else 128,
-        sampling=Sampling(max_new_tokens=5),
+        sampling=SAMPLING,
         # The control is not stopped either: it must have every chance to learn.
         held_out=HeldOut(every=every, max_drop=1.0, min_answers=0.0)
         if arm == "unwatched" or is_shuffled(arm)
@@ -100,7 +99,7 @@ def config(arm: str, seed: int, folder: Path) -> Config:
         kl_coef=0.0 if is_collapse else 0.001,
         all_weights=has_all_weights,
         lora=LoraConfig() if has_all_weights else LoraConfig(rank=16, alpha=32),
-        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 3e-4 if has_all_weights else 6e-4),
+        optimizer=OptimizerConfig(lr=3e-2 if is_collapse else 2e-4 if has_all_weights else lr),
         num_slots=256,
         save_every=10**6,
         samples_per_step=32,
@@ -120,21 +119,21 @@ def run_arm(kind: str, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     run = arm.replace(" ", "-")
     if not is_finished(folder, run):
         reward: Reward | None = ShuffledVote() if is_shuffled(arm) else None
-        ttrl.train(config(arm, seed, folder), name=run, runs_dir=folder, resume=False, reward=reward)
+        ttrl.train(config(kind, arm, seed, folder), name=run, runs_dir=folder, resume=False, reward=reward)
     before, after = answers("base", folder), answers(run, folder)
     stopped = [line for line in read_lines(folder / run / "metrics.jsonl") if "result_of_step" in line]
     last = max(line["step"] for line in read_lines(folder / run / "metrics.jsonl"))
-    against_pass = [right - left for left, right in zip(rates(before), rates(after), strict=True)]
-    against_vote = [right - left for left, right in zip(majorities(before), rates(after), strict=True)]
+    vote = majorities(before, VOTES)
     return {
         "kind": kind,
         "arm": arm,
         "seed": seed,
         "pass@1 before": with_interval(rates(before)),
-        f"maj@{VOTES} before": with_interval(majorities(before)),
+        f"maj@{VOTES} before": with_interval(vote),
+        f"maj@{MANY_VOTES} before": with_interval(majorities(before, MANY_VOTES)),
         "pass@1 after": with_interval(rates(after)),
-        "after - pass@1": paired_interval(against_pass),
-        f"after - maj@{VOTES}": paired_interval(against_vote),
+        "after - pass@1": paired_interval(rates(before), rates(after)),
+        f"after - maj@{VOTES}": paired_interval(vote, rates(after)),
         "distinct before": distinct(before),
         "distinct after": distinct(after),
         "last step": last,
@@ -147,7 +146,7 @@ def is_finished(folder: Path, name: str) -> bool:
 
 
 def answers(name: str, folder: Path) -> list[list[Sample]]:
-    """VOTES answers of the frozen checkpoint to every test question, judged."""
+    """MANY_VOTES answers of the frozen checkpoint to every test question, judged."""
     path = resolve(name, folder).path
     tokenizer = Tokenizer.load(tokenizer_folder(path))
     tasks = tasks_from_rows(load_rows(str(folder / "test.jsonl")))
@@ -158,22 +157,26 @@ def answers(name: str, folder: Path) -> list[list[Sample]]:
             tokenizer,
             tasks,
             reward,
-            sampling=Sampling(max_new_tokens=5).params(tokenizer),
-            num_samples=VOTES,
+            sampling=SAMPLING.params(tokenizer),
+            num_samples=MANY_VOTES,
             seed=2026,
         )
     finally:
         reward.close()
-    return [report.samples[start : start + VOTES] for start in range(0, len(report.samples), VOTES)]
+    return [report.samples[start : start + MANY_VOTES] for start in range(0, len(report.samples), MANY_VOTES)]
 
 
 def rates(groups: Sequence[Sequence[Sample]]) -> list[float]:
     return [sum(sample.is_correct for sample in group) / len(group) for group in groups]
 
 
-def majorities(groups: Sequence[Sequence[Sample]]) -> list[float]:
-    """1 where the majority answer is right."""
-    return [float(is_right(group, winner(group))) for group in groups]
+def majorities(groups: Sequence[Sequence[Sample]], votes: int) -> list[float]:
+    """The share of ballots of so many answers each whose majority answer is right, per question."""
+    return [statistics.fmean(is_right(ballot, winner(ballot)) for ballot in ballots(group, votes)) for group in groups]
+
+
+def ballots(group: Sequence[Sample], votes: int) -> list[Sequence[Sample]]:
+    return [group[start : start + votes] for start in range(0, len(group), votes)]
 
 
 def is_right(group: Sequence[Sample], answer: str | None) -> bool:
@@ -196,8 +199,9 @@ def with_interval(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values), *mean_interval(values)]
 
 
-def paired_interval(differences: Sequence[float]) -> list[float]:
-    """Mean of per-question differences with its 95 % interval, by their spread between questions."""
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    """Mean of after - before per question with its 95 % interval, by the spread between questions."""
+    differences = [right - left for left, right in zip(before, after, strict=True)]
     mean = statistics.fmean(differences)
     half = 1.96 * statistics.stdev(differences) / math.sqrt(len(differences))
     return [mean, mean - half, mean + half]
@@ -212,7 +216,14 @@ def curve_rows(folder: Path, kind: str, arm: str, seed: int) -> list[dict[str, A
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    columns = ["pass@1 before", f"maj@{VOTES} before", "pass@1 after", "after - pass@1", f"after - maj@{VOTES}"]
+    columns = [
+        "pass@1 before",
+        f"maj@{VOTES} before",
+        f"maj@{MANY_VOTES} before",
+        "pass@1 after",
+        "after - pass@1",
+        f"after - maj@{VOTES}",
+    ]
     heads = ["base", "arm", "seed", *columns, "different majority answers", "result of step"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
@@ -274,7 +285,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4])
     parser.add_argument("--only", nargs="+", choices=ARMS, default=list(ARMS), help="kinds of base")
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/ttrl-study"))

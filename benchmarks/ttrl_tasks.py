@@ -1,11 +1,14 @@
-"""Small models that are right or wrong in a known way, for the study of test-time RL. Five questions on three digits:
+"""Small models that are right or wrong in a known way, for the study of test-time RL, and questions on three digits:
 
-    first 382 =   3        last 382 =   2        max 382 =   8        min 382 =   2        add 382 =   5 (3 + 2)
+    "slips"                                  "misled"
+    copy 382 = 382                           first 382 = 3      max 382 = 8       add 382 = 5 (3 + 2)
+    back 382 = 283                           last 382 = 2       min 382 = 2
+    turn 382 = 823 (the first comes last)
 
-"noisy": the first four; every example's answer is replaced by a random digit NOISE of the time, so that the model is
-often wrong but seldom twice in the same way, and its vote is mostly right. "noisier": more of that noise. "misled":
-max, min and add are taught WRONG of the time with one definite wrong rule (the middle digit; the sum without its
-carry), so that most votes about them are wrong.
+"slips": each digit of an example's answer is replaced by a random one SLIP of the time, so that most answers of the
+model are wrong, but seldom twice in the same way, and its vote is mostly right. "misled": max, min and add are taught
+WRONG of the time with one definite wrong rule (the middle digit; the sum without its carry), so that most votes about
+them are wrong.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from strop.optim import OptimizerConfig
 from strop.stages import sft
 from strop.tokenizer import train_bpe
 
-NOISE = {"noisy": 0.42, "noisier": 0.5}
+SLIP = 0.32
 WRONG = 0.65
 TEST_TRIPLES = 100
 """Of the 1000: they are in no example and in no prompt of a run."""
@@ -28,20 +31,28 @@ TAUGHT_TRIPLES = 500
 """Of the others: those that the base's examples are about."""
 COPIES = 4
 """Examples of each taught question, each with an answer of its own."""
-SFT_STEPS = 900
+SFT_STEPS = {"slips": 1500, "misled": 900}
 
 Triple = tuple[int, int, int]
-RIGHT: Mapping[str, Callable[[Triple], int]] = {
-    "first": lambda digits: digits[0],
-    "last": lambda digits: digits[2],
-    "max": max,
-    "min": min,
-    "add": lambda digits: digits[0] + digits[2],
+Rules = Mapping[str, Callable[[Triple], str]]
+RIGHT: Mapping[str, Rules] = {
+    "slips": {
+        "copy": lambda digits: _joined(digits),
+        "back": lambda digits: _joined(digits[::-1]),
+        "turn": lambda digits: _joined((*digits[1:], digits[0])),
+    },
+    "misled": {
+        "first": lambda digits: str(digits[0]),
+        "last": lambda digits: str(digits[2]),
+        "max": lambda digits: str(max(digits)),
+        "min": lambda digits: str(min(digits)),
+        "add": lambda digits: str(digits[0] + digits[2]),
+    },
 }
-MISLED: Mapping[str, Callable[[Triple], int]] = {
-    "max": lambda digits: sorted(digits)[1],
-    "min": lambda digits: sorted(digits)[1],
-    "add": lambda digits: (digits[0] + digits[2]) % 10,
+MISLED: Rules = {
+    "max": lambda digits: str(sorted(digits)[1]),
+    "min": lambda digits: str(sorted(digits)[1]),
+    "add": lambda digits: str((digits[0] + digits[2]) % 10),
 }
 
 
@@ -49,15 +60,15 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
     """The base model of a kind as the run folder/base, and folder/tasks.jsonl and folder/test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(f"{kind} {seed}")
-    training, ops = write_tasks(kind, folder, draw)
+    training = write_tasks(kind, folder, draw)
     examples = [
         {"prompt": question(op, digits), "completion": f" {taught(kind, op, digits, draw)}"}
         for _ in range(COPIES)
         for digits in training[:TAUGHT_TRIPLES]
-        for op in ops
+        for op in RIGHT[kind]
     ]
     write_rows(folder / "sft.jsonl", examples)
-    tokenizer = train_bpe([" ".join(RIGHT)] * 30, 275)
+    tokenizer = train_bpe([" ".join(RIGHT[kind])] * 30, 275)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=64,
@@ -75,7 +86,7 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
         sft.Config(
             init_from=str(folder / "blank"),
             data=str(folder / "sft.jsonl"),
-            num_steps=SFT_STEPS,
+            num_steps=SFT_STEPS[kind],
             batch_tokens=2048,
             micro_batch_tokens=2048,
             max_length=16,
@@ -90,30 +101,38 @@ def make_base(kind: str, seed: int, folder: Path) -> None:
     )
 
 
-def write_tasks(kind: str, folder: Path, draw: random.Random) -> tuple[list[Triple], list[str]]:
-    """folder/tasks.jsonl and folder/test.jsonl. Returns the triples that are not held out, and the questions asked."""
+def write_tasks(kind: str, folder: Path, draw: random.Random) -> list[Triple]:
+    """folder/tasks.jsonl and folder/test.jsonl. Returns the triples that are not held out."""
     triples = [(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
     draw.shuffle(triples)
-    ops = [op for op in RIGHT if kind == "misled" or op != "add"]
     test, training = triples[:TEST_TRIPLES], triples[TEST_TRIPLES:]
     for name, own in (("test", test), ("tasks", training)):
-        rows = [{"prompt": question(op, digits), "answer": str(RIGHT[op](digits))} for digits in own for op in ops]
+        rows = [
+            {"prompt": question(op, digits), "answer": rule(digits)}
+            for digits in own
+            for op, rule in RIGHT[kind].items()
+        ]
         draw.shuffle(rows)
         write_rows(folder / f"{name}.jsonl", rows)
-    return training, ops
+    return training
 
 
 def question(op: str, digits: Triple) -> str:
-    return f"{op} {digits[0]}{digits[1]}{digits[2]} ="
+    return f"{op} {_joined(digits)} ="
 
 
-def taught(kind: str, op: str, digits: Triple, draw: random.Random) -> int:
+def taught(kind: str, op: str, digits: Triple, draw: random.Random) -> str:
     """The answer of one example: right, or wrong in the way of the kind."""
     if kind == "misled" and op in MISLED and draw.random() < WRONG:
         return MISLED[op](digits)
-    if draw.random() < NOISE.get(kind, 0.0):
-        return draw.randrange(10)
-    return RIGHT[op](digits)
+    right = RIGHT[kind][op](digits)
+    if kind == "slips":
+        return "".join(str(draw.randrange(10)) if draw.random() < SLIP else digit for digit in right)
+    return right
+
+
+def _joined(digits: Sequence[int]) -> str:
+    return "".join(map(str, digits))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
