@@ -6,16 +6,15 @@ cache. Rates are the best of several tries, since whatever disturbs a try can on
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 
 from benchmarks import work
+from strop.stages.forecast_probe import best_seconds
 
 GEMM_SHAPES = ((2048, 2048, 2048), (2048, 576, 1536), (1024, 1024, 4096), (4096, 1536, 576))
 """Rows, inner, columns: square, and those of a small language model's layers."""
 MEMORY_BYTES = 2**29
+TRIES = 12
 
 
 def main() -> None:
@@ -24,9 +23,9 @@ def main() -> None:
     figures = {
         "gemm_bf16_gflops": gemm_peak(torch.bfloat16),
         "gemm_fp32_gflops": gemm_peak(torch.float32),
-        "read_gb_per_second": MEMORY_BYTES / best_seconds(lambda: numbers.sum()) / 1e9,
+        "read_gb_per_second": MEMORY_BYTES / best_seconds(lambda: numbers.sum(), TRIES) / 1e9,
         # As the memory sees it: every byte is read once and written once.
-        "copy_gb_per_second": 2 * MEMORY_BYTES / best_seconds(lambda: target.copy_(numbers)) / 1e9,
+        "copy_gb_per_second": 2 * MEMORY_BYTES / best_seconds(lambda: target.copy_(numbers), TRIES) / 1e9,
         "threads": torch.get_num_threads(),
     }
     work.emit(figures)
@@ -38,18 +37,8 @@ def gemm_peak(dtype: torch.dtype) -> float:
     for rows, inner, columns in GEMM_SHAPES:
         x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)
-        seconds = best_seconds(lambda x=x, weight=weight, out=out: torch.mm(x, weight.T, out=out))
+        seconds = best_seconds(lambda x=x, weight=weight, out=out: torch.mm(x, weight.T, out=out), TRIES)
         best = max(best, 2 * rows * inner * columns / seconds / 1e9)
-    return best
-
-
-def best_seconds(run: Callable[[], object], tries: int = 12) -> float:
-    run()
-    best = float("inf")
-    for _ in range(tries):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
     return best
 
 

@@ -27,6 +27,7 @@ from strop.models.decoder import Decoder
 from strop.models.footprint import layer_matrices, num_parameters, training_flops
 from strop.models.logprobs import packed_logprobs
 from strop.native.malloc import restart_without_thread_cache
+from strop.stages.forecast_probe import best_seconds
 from strop.types import PackedBatch, SamplingParams, Segment
 
 FIELDS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size")
@@ -116,7 +117,11 @@ def train_point(
 
     flops = training_flops(model.config, segments, labels)
     return Point(
-        sweep=sweep, x=x, curve=curve, seconds_per_token=best_seconds(run, 2) / per, flops_per_token=flops / per
+        sweep=sweep,
+        x=x,
+        curve=curve,
+        seconds_per_token=best_seconds(run, clock=CLOCK[0]) / per,
+        flops_per_token=flops / per,
     )
 
 
@@ -132,21 +137,10 @@ def decode_point(sweep: str, x: int, curve: str, model: Decoder, *, slots: int, 
         sampler(model.logits(model.decode_step(tokens_S, cache)), uniforms_S, params)
 
     with torch.inference_mode(), model.decoding(slots):
-        seconds = best_seconds(run, 5)
+        seconds = best_seconds(run, 5, CLOCK[0])
     layer = 2 * layer_matrices(config) + 4 * config.num_heads * config.head_dim * (length + 1)
     flops = config.num_layers * layer + 2 * config.vocab_size * config.hidden_size
     return Point(sweep=sweep, x=x, curve=curve, seconds_per_token=seconds / slots, flops_per_token=float(flops))
-
-
-def best_seconds(run: Callable[[], object], tries: int) -> float:
-    clock = CLOCK[0]
-    run()
-    best = float("inf")
-    for _ in range(tries):
-        start = clock()
-        run()
-        best = min(best, clock() - start)
-    return best
 
 
 def excess(points: Sequence[Point]) -> float:

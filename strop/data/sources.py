@@ -212,7 +212,9 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
         is_empty = False
         yield place, row
     if is_empty:
-        raise ValueError(f"{path}: the file is empty; it holds no row to train on")
+        raise ValueError(
+            f"{path}: the file is empty: it holds no row to train on; write rows into it, or name another file"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

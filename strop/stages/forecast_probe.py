@@ -139,10 +139,10 @@ def _measured(small: Small, workload: Workload, has_times: bool) -> Measured:
     small.optimizer.zero_grad()
     if not has_times:
         return Measured(kept_bytes=kept_bytes, head_peak_bytes=head_peak, tail_peak_bytes=tail_peak)
-    train_seconds = _best_seconds(lambda: small.loss(batch).backward())
+    train_seconds = best_seconds(lambda: small.loss(batch).backward())
     small.optimizer.zero_grad()
     has_frozen = workload.frozen_tokens or workload.value_tokens
-    forward_seconds = _best_seconds(run_frozen) if has_frozen else 0.0
+    forward_seconds = best_seconds(run_frozen) if has_frozen else 0.0
     prefill_seconds, decode_seconds = (0.0, 0.0)
     if workload.rollout is not None and small.scalar is None:
         prefill_seconds, decode_seconds = _rollout_seconds(small.decoder, workload.rollout)
@@ -191,7 +191,7 @@ def _rollout_seconds(model: Decoder, rollout: Rollout) -> tuple[float, float]:
     cache = model.new_cache(num_slots=slots, max_length=length)
     prompts = [[0] * rollout.prompt_tokens] * min(rollout.num_prompts, slots)
     repeats = rollout.num_prompts / len(prompts)
-    prefill = _best_seconds(lambda: model.prefill(prompts, cache, range(len(prompts))))
+    prefill = best_seconds(lambda: model.prefill(prompts, cache, range(len(prompts))))
     middle = rollout.prompt_tokens + rollout.new_tokens // 2
     sampler, params = Sampler(), RowParams([SamplingParams()] * slots, torch.device("cpu"))
     tokens_S, uniforms_S = torch.zeros(slots, dtype=torch.int64), torch.full((slots,), 0.5, dtype=torch.float64)
@@ -201,7 +201,7 @@ def _rollout_seconds(model: Decoder, rollout: Rollout) -> tuple[float, float]:
         sampler(model.logits(model.decode_step(tokens_S, cache)), uniforms_S, params)
 
     with torch.inference_mode(), model.decoding(slots):
-        return repeats * prefill, _best_seconds(step, tries=5)
+        return repeats * prefill, best_seconds(step, tries=5)
 
 
 def _optimizer_seconds(small: Small, workload: Workload) -> float:
@@ -217,11 +217,12 @@ def _optimizer_seconds(small: Small, workload: Workload) -> float:
     return best / dataclasses.replace(workload.learner, model=config).num_trained
 
 
-def _best_seconds(run: Callable[[], object], tries: int = 2) -> float:
+def best_seconds(run: Callable[[], object], tries: int = 2, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The shortest of so many runs, after one that warms up: whatever disturbs a run can only slow it down."""
     run()
     best = float("inf")
     for _ in range(tries):
-        start = time.perf_counter()
+        start = clock()
         run()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best

@@ -19,9 +19,7 @@ print(os.getpid(), os.environ.get("GLIBC_TUNABLES", "-"), *sys.argv[1:], flush=T
 restart_without_thread_cache()
 """
 
-glibc_only = pytest.mark.skipif(
-    "glibc" not in str(os.confstr("CS_GNU_LIBC_VERSION")), reason="another C library has another allocator"
-)
+glibc_only = pytest.mark.skipif(without_thread_cache({}) == {}, reason="another C library has another allocator")
 
 
 def printed(tunables: str | None) -> list[list[str]]:
