@@ -11,8 +11,9 @@ questions, in pairs. maj@8 is the level of the vote that the labels come from, m
     majority        TTRL on an adapter                                   slips and misled base
     all weights     TTRL without an adapter                              slips
     shuffled        control of the two: the majority answer of another prompt of the rollout counts as right
+    never stopped   TTRL without the early stop                          misled
     collapse        reward = "entropy" at a high learning rate, watched  slips
-    unwatched       the same without the early stop
+    unwatched       the same without the early stop                      slips
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ VOTES = 8
 MANY_VOTES = 32
 ARMS = {
     "slips": ("majority", "all weights", "shuffled", "all weights shuffled", "collapse", "unwatched"),
-    "misled": ("majority",),
+    "misled": ("majority", "never stopped"),
 }
 SAMPLING = Sampling(max_new_tokens=8)
 CURVES = (
@@ -94,7 +95,7 @@ def config(kind: str, arm: str, seed: int, folder: Path) -> Config:
         sampling=SAMPLING,
         # The control is not stopped either: it must have every chance to learn.
         held_out=HeldOut(every=every, max_drop=1.0, min_answers=0.0)
-        if arm == "unwatched" or is_shuffled(arm)
+        if arm in ("unwatched", "never stopped") or is_shuffled(arm)
         else HeldOut(every=every),
         kl_coef=0.0 if is_collapse else 0.001,
         all_weights=has_all_weights,
