@@ -35,6 +35,36 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What the player to move sees of a game.
+
+    Example: Observation(text="nim, player 0\\n(0): 1 3\\nmove:", player=0, legal=("pile:1, take:1;", ...))
+    """
+
+    text: str
+    player: int
+    legal: tuple[str, ...] | None = None
+    """The moves that the rules allow; None where any text is one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """What a move led to.
+
+    Example: Transition(observation=None, rewards=(1.0, -1.0)) ends a game that player 0 has won.
+    """
+
+    observation: Observation | None
+    """What the next player sees; None at the end."""
+    rewards: tuple[float, ...]
+    """What each player gets for this move: 0 until the end, in most games."""
+    is_illegal: bool = False
+    """The move was not allowed, which ended the game."""
+    is_truncated: bool = False
+    """The end came from a limit and not from the rules."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one completion is drawn.
 

@@ -20,6 +20,7 @@ train (each writes a run folder, runs/NAME)
   dpo      RECIPE.toml          preferences straight into the policy: DPO and its relatives, KTO, online DPO
   grpo     RECIPE.toml          reinforcement learning: sample a group, score it, reinforce what beats the group
   ttrl     RECIPE.toml          test-time RL: GRPO on prompts without answers, a majority vote as reward, on an adapter
+  selfplay RECIPE.toml          a game, learned by playing against itself and its past
       --from RUN[/STEP]|FOLDER  checkpoint to start from     --name NAME       name of the run (the recipe's name)
       --FIELD VALUE             any field of the recipe      --runs-dir DIR    folder of all runs (runs)
       --resume                  continue a stopped run       --print-config    print the resolved recipe and stop
@@ -59,6 +60,7 @@ COMMANDS = {
     "dpo": "stages",
     "grpo": "stages",
     "ttrl": "stages",
+    "selfplay": "stages",
     "pipeline": "pipeline",
     "eval": "evaluate",
     "generate": "generate",

@@ -1,4 +1,4 @@
-"""`strop pretrain | sft | reward-model | ppo | dpo | grpo | ttrl RECIPE.toml`: a recipe, flags over it, one run."""
+"""`strop STAGE RECIPE.toml`, as in `strop grpo recipe.toml`: a recipe, flags over it, one run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ STAGES = {
     "dpo": "strop.stages.dpo",
     "grpo": "strop.stages.grpo",
     "ttrl": "strop.stages.ttrl",
+    "selfplay": "strop.stages.selfplay",
 }
 """Stage name -> the module with its Config and train()."""
 

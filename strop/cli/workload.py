@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
-    """One step of the stage. ValueError for a device or a model that has no forecast."""
+    """One step of the stage. ValueError for a stage, a device or a model that has no forecast."""
     if config.device != "cpu":
         raise ValueError(f"device = {config.device!r}: the forecast measures this machine's CPU; leave device out")
     import torch
@@ -31,6 +31,8 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
         "ppo": workload_rollouts.ppo,
         "ttrl": workload_rollouts.ttrl,
     }
+    if stage not in plan:
+        raise ValueError(f"{stage} has no forecast: how long its games are is not known before they are played")
     planned = plan[stage](config, runs_dir)
     return dataclasses.replace(planned, has_kernels=has_kernels(torch.empty(0, dtype=planned.dtype)))
 

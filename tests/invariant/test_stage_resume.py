@@ -234,6 +234,21 @@ sampling = { max_new_tokens = 5, stop = ["a", "e", "o", "t", "u", "n", "r", "i",
 optimizer = { lr = 3e-3, schedule = "linear" }
 held_out = { num_prompts = 8, num_samples = 4, every = 3, max_drop = 1.0, min_answers = 0.0 }
 """
+SELFPLAY = """
+from = "tiny"
+game = "open_spiel:tic_tac_toe"
+num_steps = 9
+games_per_step = 6
+opening_moves = 3
+past_every = 3
+epochs_per_rollout = 2
+entropy_coef = 0.01
+save_every = 4
+dtype = "bfloat16"
+sampling = { max_new_tokens = 3 }
+optimizer = { lr = 3e-3, schedule = "linear" }
+eval = { opponents = ["start", "random"], every = 4, num_games = 4 }
+"""
 RECIPES = {
     "pretrain": PRETRAIN,
     "sft": SFT,
@@ -249,6 +264,7 @@ RECIPES = {
     "dpo:lora": DPO_LORA,
     "dpo:online-lora": ONLINE_LORA,
     "ttrl": TTRL,
+    "selfplay": SELFPLAY,
 }
 
 
@@ -330,8 +346,11 @@ def test_there_was_something_to_lose(runs: Path) -> None:
     assert any(not torch.equal(value, late[name]) for name, value in early.items())
     tensors, state = load_training_state(last(runs, "whole"))
     assert any(name.startswith("exp_avg.") and bool(value.any()) for name, value in tensors.items())
-    position = state.get("batches") or state["tasks"]
-    assert (position["epoch"], position["batch"]) != (0, 0)
+    if "baselines" in state:  # self-play has no data to be somewhere in
+        assert {"self/0", "self/1", "past/0", "past/1"} == set(state["baselines"]) and any(state["baselines"].values())
+    else:
+        position = state.get("batches") or state["tasks"]
+        assert (position["epoch"], position["batch"]) != (0, 0)
     lines = [line for line in read_lines(runs / "whole/metrics.jsonl") if line["step"]]
     assert len({line["grad_norm"] for line in lines}) >= 8  # PPO's critic has its first two steps for itself
     if "kl_coef" in state:
