@@ -34,7 +34,7 @@ from strop.tokenizer import Tokenizer
 
 RUNS = Path("runs")
 RECIPES = ROOT / "recipes" / "selfplay"
-GAMES = {"self-play": "open_spiel:nim(pile_sizes=3;4;5,is_misere=False)", "lottery": f"{RECIPES / 'lottery.py'}:nim"}
+GAMES = {"self-play": "open_spiel:nim(pile_sizes=1;3;4,is_misere=False)", "lottery": f"{RECIPES / 'lottery.py'}:nim"}
 OPPONENTS = ("random", "mcts:20", "perfect")
 NUM_GAMES = 500
 

@@ -2,7 +2,7 @@
 
     python recipes/selfplay/data.py        writes runs/selfplay-data
 
-Three piles of 3, 4 and 5; in turn the players take as many as they like from one pile; who takes the last has won. The
+Three piles of 1, 3 and 4; in turn the players take as many as they like from one pile; who takes the last has won. The
 model learns from these files how a position is read and a move is written, and nothing about which move is good.
 """
 
@@ -16,7 +16,7 @@ from strop.environments import load_opponent
 from strop.environments.open_spiel import OpenSpielGame
 from strop.tokenizer import train_bpe
 
-GAME = "nim(pile_sizes=3;4;5,is_misere=False)"
+GAME = "nim(pile_sizes=1;3;4,is_misere=False)"
 OUTPUT = Path("runs/selfplay-data")
 NUM_GAMES = 3000
 VOCABULARY = 320

@@ -13,7 +13,7 @@ from strop.types import Observation, Transition
 
 class Lottery:
     def __init__(self) -> None:
-        self.game = OpenSpielGame("nim(pile_sizes=3;4;5,is_misere=False)")
+        self.game = OpenSpielGame("nim(pile_sizes=1;3;4,is_misere=False)")
         self.draw = random.Random()
 
     @property
