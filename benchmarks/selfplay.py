@@ -14,6 +14,7 @@ against it half of the games are the most that there is. Its own rows say what p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from strop.rollouts.games import OpponentPlayer, Player, PolicyPlayer
 from strop.rollouts.prompts import Sampling
 from strop.runs import RunFolder, resolve
 from strop.stages import selfplay
+from strop.stages.selfplay_config import Matches
 from strop.tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -57,7 +59,8 @@ def run(arm: str, seed: int) -> str:
     if not is_finished(name):
         recipe = str(RECIPES / "selfplay.toml")
         values = read_values(read_toml(Path(recipe)), selfplay.Config, recipe)
-        config = build(selfplay.Config, {**values, "game": GAMES[arm], "seed": seed, "eval": {"opponents": ()}}, recipe)
+        config = build(selfplay.Config, values, recipe)
+        config = dataclasses.replace(config, game=GAMES[arm], seed=seed, eval=Matches(opponents=()))
         selfplay.train(config, name=name, runs_dir=RUNS, resume=(RUNS / name / "run.json").is_file())
     return name
 

@@ -30,6 +30,7 @@ use (weights are frozen; their hash is printed before and after)
   eval     RUN[/STEP]|FOLDER    pass@k and maj@k on held-out tasks, or bits per byte of a text
   generate RUN[/STEP]|FOLDER    completions of one or many prompts
   chat     RUN[/STEP]|FOLDER    a conversation in the terminal
+  play     RUN[/STEP]|FOLDER    a game against a checkpoint in the terminal
   tasks    NAME                 tasks of a suite (HumanEval, Metamath, reasoning-gym, math) as a file for a recipe
 
   export   RUN[/STEP]|FOLDER --to gguf|hf PATH    a GGUF file for llama.cpp, or a merged Hugging Face folder
@@ -65,6 +66,7 @@ COMMANDS = {
     "eval": "evaluate",
     "generate": "generate",
     "chat": "chat",
+    "play": "play",
     "serve": "serve",
     "export": "export",
     "rank": "rank",

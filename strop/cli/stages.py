@@ -38,7 +38,8 @@ def run(command: str, args: Sequence[str]) -> int:
         return 0
     folder = stage.train(call.config, name=call.name, runs_dir=call.runs_dir, resume=call.resume)
     where = "" if call.runs_dir == Path("runs") else f" --runs-dir {call.runs_dir}"
-    hint = f"strop runs report {folder.name}" if command == "reward-model" else f"talk to it: strop chat {folder.name}"
+    hints = {"reward-model": "strop runs report", "selfplay": "play against it: strop play"}
+    hint = f"{hints.get(command, 'talk to it: strop chat')} {folder.name}"
     print(f"{folder}  ({hint}{where})")
     return 0
 
