@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from strop.environments.base import Environment
 from strop.environments.open_spiel import OpenSpielGame
@@ -28,7 +28,7 @@ def load_environment(name: str) -> Environment:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    factory: Any = getattr(module, rest, None)
+    factory = getattr(module, rest, None)
     if not callable(factory):
         raise ValueError(f'game "{name}": {path} has no function {rest}')
-    return factory()
+    return cast(Environment, factory())
