@@ -9,6 +9,8 @@
 All start from one SFT model that moves by lot. The matches are of frozen weights, in the real game, against players
 that no run has met: 500 against each, seats in turn. "perfect" has worked the game out: who begins can win, so that
 against it half of the games are the most that there is. Its own rows say what perfect play makes of the others.
+"winning moves": of the 64 positions that the player to move can win (for either player; Bouton 1901: the exclusive or of the
+piles is not 0), the share in which the model's likeliest move keeps the win.
 """
 
 from __future__ import annotations
@@ -16,23 +18,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.__main__ import ROOT, heading, origin
 from strop.cli.config import build, read_toml, read_values
 from strop.environments import load_environment, load_opponent
+from strop.environments.open_spiel import OpenSpielGame
 from strop.evals.games import evaluate_games
 from strop.generation import Engine
 from strop.models import load_model, tokenizer_folder
-from strop.rollouts.games import OpponentPlayer, Player, PolicyPlayer
+from strop.rollouts.games import OpponentPlayer, Player, PolicyPlayer, Position
 from strop.rollouts.prompts import Sampling
 from strop.runs import RunFolder, resolve
 from strop.stages import selfplay
 from strop.stages.selfplay_config import Matches
 from strop.tokenizer import Tokenizer
+from strop.types import Observation
 
 RUNS = Path("runs")
 RECIPES = ROOT / "recipes" / "selfplay"
@@ -89,15 +95,39 @@ def player(run_name: str, name: str, sampling: Sampling) -> PolicyPlayer:
     return PolicyPlayer(name, engine, tokenizer, sampling.params(tokenizer))
 
 
+def winning_moves(name: str) -> float:
+    """The share of the positions that can be won in which the checkpoint's likeliest move makes the exclusive or 0."""
+    policy = player(name, "policy", Sampling(max_new_tokens=3, temperature=0.0))
+    game = OpenSpielGame(GAMES["self-play"].removeprefix("open_spiel:"))
+    positions: list[Position] = []
+    to_take: list[set[str]] = []
+    for mover, *piles in product(range(2), range(2), range(4), range(5)):
+        nimber = piles[0] ^ piles[1] ^ piles[2]
+        if not nimber:
+            continue
+        text = f"{game.name}, player {mover}\n({mover}): {' '.join(map(str, piles))}\nmove:"
+        positions.append(Position(game=game, observation=Observation(text=text, player=mover), seed=0))
+        # OpenSpiel's number of "take t from pile p" (from 0) is p + (t - 1) * piles.
+        to_take.append(
+            {str(p + (pile - (pile ^ nimber) - 1) * 3) for p, pile in enumerate(piles) if pile ^ nimber < pile}
+        )
+    said = [move.text.strip() for move in policy.moves(positions)]
+    return sum(text in best for text, best in zip(said, to_take, strict=True)) / len(positions)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     heads = [*OPPONENTS, "start"]
-    lines = ["| model | " + " | ".join(f"won against {name}" for name in heads) + " | illegal |"]
-    lines.append("|" + "---|" * (len(heads) + 2))
+    lines = ["| model | " + " | ".join(f"won against {name}" for name in heads) + " | illegal | winning moves |"]
+    lines.append("|" + "---|" * (len(heads) + 3))
     for row in rows:
         cells = [
             f"{row[f'{name}/win']:.1%} [{row[f'{name}/win_low']:.1%}, {row[f'{name}/win_high']:.1%}]" for name in heads
         ]
-        lines.append(f"| {row['model']} | " + " | ".join(cells) + f" | {row['random/illegal']:.1%} |")
+        lines.append(
+            f"| {row['model']} | "
+            + " | ".join(cells)
+            + f" | {row['random/illegal']:.1%} | {row.get('winning_moves', math.nan):.0%} |"
+        )
     return "\n".join(lines)
 
 
@@ -108,10 +138,12 @@ def main() -> int:
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.md and .json")
     options = parser.parse_args()
     start()
-    rows = [{"model": name, **matches(name)} for name in ("perfect", "random", "selfplay-sft")]
+    rows = [{"model": name, **matches(name)} for name in ("perfect", "random")]
+    rows.append({"model": "selfplay-sft", **matches("selfplay-sft"), "winning_moves": winning_moves("selfplay-sft")})
     for arm in options.arms:
         for seed in options.seeds:
-            rows.append({"model": f"{arm}, seed {seed}", **matches(run(arm, seed))})
+            name = run(arm, seed)
+            rows.append({"model": f"{arm}, seed {seed}", **matches(name), "winning_moves": winning_moves(name)})
             print(table(rows[-1:]), flush=True)
     print(table(rows))
     if options.save:

@@ -28,6 +28,7 @@ from strop.generation import Engine
 from strop.models import CausalLM, load_model, save_model
 from strop.native.freed_memory import give_back_freed_memory
 from strop.objectives.aggregate import masked_sum
+from strop.objectives.kl import kl_k3
 from strop.objectives.policy_gradient import clipped_policy_loss
 from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rollouts.averages import Averages, add_engine_gap, warn_of_engine_gap
@@ -51,6 +52,7 @@ class Actors:
     """Everything that one step needs and that outlives it."""
 
     policy: CausalLM
+    reference: CausalLM | None
     engine: Engine
     tokenizer: Tokenizer
     past: PastSelves
@@ -201,12 +203,11 @@ def update(actors: Actors, batch: RolloutBatch, config: Config, step: int) -> tu
     norms: list[float] = []
     num_skipped = 0
     num_tokens = sum(map(len, batch.completions))
-    if config.epochs_per_rollout > 1 and num_tokens:
-        batch = batch.replace(
-            old_logprobs_BT=frozen_logprobs(
-                actors.policy, batch, temperature=config.sampling.temperature, max_tokens=config.micro_batch_tokens
-            )
-        )
+    options = {"temperature": config.sampling.temperature, "max_tokens": config.micro_batch_tokens}
+    if config.epochs_per_rollout > 1:
+        batch = batch.replace(old_logprobs_BT=frozen_logprobs(actors.policy, batch, **options))
+    if actors.reference is not None:
+        batch = batch.replace(ref_logprobs_BT=frozen_logprobs(actors.reference, batch, **options))
     for _ in range(config.epochs_per_rollout):
         for micro in batch.split(config.micro_batch_tokens):
             mask_BT = micro.response_mask_BT
@@ -224,7 +225,10 @@ def update(actors: Actors, batch: RolloutBatch, config: Config, step: int) -> tu
                 clip_low=config.clip_low,
                 clip_high=config.clip_high,
             )
-            loss_BT = loss_BT - config.entropy_coef * entropy_BT
+            if micro.ref_logprobs_BT is not None:
+                kl_BT = kl_k3(logprobs_BT, micro.ref_logprobs_BT, mask_BT)
+                loss_BT = loss_BT + config.kl_coef * kl_BT
+                averages.add("kl", kl_BT, mask_BT)
             masked_sum(loss_BT, mask_BT, num_tokens).backward()
             averages.add("entropy", entropy_BT, mask_BT)
             averages.add("ratio", (logprobs_BT.detach() - old_BT).exp(), mask_BT)
@@ -323,6 +327,7 @@ def make_actors(config: Config, start: Start) -> Actors:
             opponents.append(OpponentPlayer(opponent, load_opponent(opponent)))
     return Actors(
         policy=policy,
+        reference=load(parent) if config.kl_coef else None,
         engine=Engine(policy, tokenizer, num_slots=config.num_slots),
         tokenizer=tokenizer,
         past=PastSelves(start.run.path / "past", parent, every=config.past_every, load=load),

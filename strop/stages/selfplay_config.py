@@ -62,9 +62,9 @@ class Config:
     """Lower bound of the ratio is 1 - clip_low."""
     clip_high: float = 0.2
     """Upper bound of the ratio is 1 + clip_high."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus per token. It is over the whole vocabulary, and so also makes moves likelier that are
-    not allowed: opening_moves is the better way to see many positions."""
+    kl_coef: float = 0.0
+    """Weight of the KL (k3, in the loss) to the checkpoint that the run began from. Where that one moves by lot, this
+    keeps every allowed move possible, so that a run does not settle on moves before it knows what they are worth."""
     epochs_per_rollout: int = 1
     """Times that the updates go over one rollout."""
 
@@ -96,7 +96,7 @@ class Config:
         at_least(self, 1, "num_steps", "games_per_step", "epochs_per_rollout", "past_every")
         at_least(self, 1, "micro_batch_tokens", "num_slots", "save_every", "keep_checkpoints")
         at_least(
-            self, 0, "seat_weight", "clip_low", "clip_high", "entropy_coef", "opening_moves", "samples_per_step", "seed"
+            self, 0, "seat_weight", "clip_low", "clip_high", "kl_coef", "opening_moves", "samples_per_step", "seed"
         )
         at_least(self.eval, 1, "every", "num_games", prefix="eval.")
         at_least(self.eval, 0, "temperature", prefix="eval.")
@@ -121,6 +121,5 @@ class Config:
             f"{self.games_per_step} games of {self.game}, {self.past_share:.0%} of them against a past self (one every "
             f"{self.past_every} steps), up to {self.opening_moves} first moves by lot; reward minus its seat's moving "
             f"average ({self.baseline_decay}), weight {self.seat_weight} beside its position's; "
-            f"clip [1-{self.clip_low}, 1+{self.clip_high}]; {self.epochs_per_rollout} epoch(s); entropy bonus "
-            f"{self.entropy_coef}"
+            f"clip [1-{self.clip_low}, 1+{self.clip_high}]; {self.epochs_per_rollout} epoch(s); KL {self.kl_coef}"
         )

@@ -242,7 +242,7 @@ games_per_step = 6
 opening_moves = 3
 past_every = 3
 epochs_per_rollout = 2
-entropy_coef = 0.01
+kl_coef = 0.01
 save_every = 4
 dtype = "bfloat16"
 sampling = { max_new_tokens = 3 }
