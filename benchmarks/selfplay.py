@@ -9,8 +9,8 @@
 All start from one SFT model that moves by lot. The matches are of frozen weights, in the real game, against players
 that no run has met: 500 against each, seats in turn. "perfect" has worked the game out: who begins can win, so that
 against it half of the games are the most that there is. Its own rows say what perfect play makes of the others.
-"winning moves": of the 64 positions that the player to move can win (for either player; Bouton 1901: the exclusive or of the
-piles is not 0), the share in which the model's likeliest move keeps the win.
+"winning moves": of the 64 positions that the player to move can win (of either player; Bouton 1901: the exclusive or of
+the piles is not 0), the share in which the model's likeliest move keeps the win.
 """
 
 from __future__ import annotations
