@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -14,7 +14,6 @@ from strop.cli.frozen import ModelArguments, SamplingArguments, frozen_model, sa
 
 if TYPE_CHECKING:
     from strop.rollouts.games import Move, Player, Position
-    from strop.types import Observation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +26,8 @@ class Arguments(ModelArguments, SamplingArguments):
     """Yours; 0 begins."""
     as_chat: bool | None = None
     """Put positions as a user's message; left out, as the run learned it."""
-    max_new_tokens: int = 16
-    """Tokens after which the model's move is cut."""
+    max_new_tokens: int = 0
+    """Tokens after which the model's move is cut; 0 = as the run learned it, or 16."""
     temperature: float = 0.0
     """Logits are divided by it; 0 plays the likeliest move."""
 
@@ -38,8 +37,9 @@ class GaveUp(Exception):
 
 
 def run(command: str, args: Sequence[str]) -> int:
-    arguments = tyro.cli(Arguments, args=list(args), prog=f"strop {command}")
-    game, as_chat = game_of(arguments)
+    arguments = as_learned(tyro.cli(Arguments, args=list(args), prog=f"strop {command}"))
+    game = arguments.game
+    assert game is not None
     from strop.environments import load_environment
     from strop.rollouts.games import PolicyPlayer, play
 
@@ -48,7 +48,7 @@ def run(command: str, args: Sequence[str]) -> int:
         raise ValueError(f"--seat {arguments.seat}: {game} has the seats 0 to {num_players - 1}")
     with frozen_model(arguments, num_slots=1) as frozen:
         sampling = sampling_params(arguments, frozen.tokenizer)
-        model = PolicyPlayer("model", frozen.engine, frozen.tokenizer, sampling, as_chat=as_chat)
+        model = PolicyPlayer("model", frozen.engine, frozen.tokenizer, sampling, as_chat=bool(arguments.as_chat))
         seats: list[Player] = [Person() if seat == arguments.seat else model for seat in range(num_players)]
         try:
             (ended,) = play(lambda: load_environment(game), [seats], seed=arguments.seed)
@@ -57,7 +57,8 @@ def run(command: str, args: Sequence[str]) -> int:
             return 0
     last = ended.moves[-1]
     if ended.is_illegal:
-        print(f"The model says {last.text.strip()!r}, which is not allowed, and has lost.")
+        who = "You have said" if last.player == arguments.seat else "The model has said"
+        print(f"{who} {last.text.strip()!r}, which is not allowed, and lost.")
         return 0
     if last.player != arguments.seat:
         print(f"The model: {last.text.strip()}")
@@ -66,20 +67,26 @@ def run(command: str, args: Sequence[str]) -> int:
     return 0
 
 
-def game_of(arguments: Arguments) -> tuple[str, bool]:
-    """The game, and whether positions are a user's messages: as told, or as the self-play run had them."""
+def as_learned(arguments: Arguments) -> Arguments:
+    """The arguments, with what was left out taken from the self-play run: its game, and how it was asked for a move."""
     from strop.runs import RunFolder
 
-    config: dict[str, object] = {}
+    config: dict[str, Any] = {}
     name = arguments.model.partition("/")[0]
-    if (Path(arguments.runs_dir) / name / "run.json").is_file():
+    if (arguments.runs_dir / name / "run.json").is_file():
         config = RunFolder.open(arguments.runs_dir, name).info["config"]
-    game = arguments.game or config.get("game")
-    if not isinstance(game, str):
+    if arguments.game is None and "game" not in config:
         raise ValueError(
             f"{arguments.model} is no self-play run: say what to play, as in --game open_spiel:tic_tac_toe"
         )
-    return game, bool(config.get("as_chat", False)) if arguments.as_chat is None else arguments.as_chat
+    learned = config["sampling"] if "game" in config else {}
+    return dataclasses.replace(
+        arguments,
+        game=arguments.game or config["game"],
+        as_chat=config.get("as_chat", False) if arguments.as_chat is None else arguments.as_chat,
+        max_new_tokens=arguments.max_new_tokens or learned.get("max_new_tokens", 16),
+        stop=arguments.stop or tuple(learned.get("stop", ())),
+    )
 
 
 class Person:
@@ -90,10 +97,15 @@ class Person:
     def moves(self, positions: Sequence[Position]) -> list[Move]:
         from strop.rollouts.games import Move
 
-        return [Move(player=position.observation.player, text=self.ask(position.observation)) for position in positions]
+        return [Move(player=position.observation.player, text=self.ask(position)) for position in positions]
 
-    def ask(self, observation: Observation) -> str:
-        print(observation.text.removesuffix("move:").rstrip())
+    def ask(self, position: Position) -> str:
+        from strop.environments.open_spiel import OpenSpielGame
+
+        legal = position.observation.legal
+        # What the model may say: a game of OpenSpiel takes a move's number too.
+        numbers = position.game.state.legal_actions() if isinstance(position.game, OpenSpielGame) else []
+        print(position.observation.text.removesuffix("move:").rstrip())
         while True:
             try:
                 text = input("your move> " if sys.stdin.isatty() else "").strip()
@@ -101,6 +113,9 @@ class Person:
                 raise GaveUp from None
             if text == "/quit":
                 raise GaveUp
-            if observation.legal is None or text in observation.legal:
+            if legal is None or text in (*legal, *map(str, numbers)):
                 return text
-            print(f"allowed: {'  '.join(observation.legal)}")
+            names = (
+                legal if not numbers else [f"{number} = {name}" for number, name in zip(numbers, legal, strict=True)]
+            )
+            print(f"allowed: {', '.join(names)}")

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from strop.types import Observation, Transition
 
 ILLEGAL_REWARD = -1.0
-"""Of the player whose move the rules do not allow, which ends the game. The others get 0: they have not won it."""
+"""Of the player whose move the rules do not allow, which ends the game; where more can be lost, as much as that. The
+others get 0: they have not won it."""
 
 
 class Environment(Protocol):
@@ -27,7 +28,8 @@ class Environment(Protocol):
         ...
 
     def step(self, action: str) -> Transition:
-        """What the player to move does, in the words that it said; a move that is not allowed is not repaired.
+        """What the player to move does, in the words that it said. Text that is no move, or none that is allowed, is
+        not repaired and raises nothing: it ends the game with is_illegal.
 
         Raises RuntimeError after the end, and before the first reset().
         """

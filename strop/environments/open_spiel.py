@@ -69,10 +69,12 @@ class OpenSpielGame:
         player = self.state.current_player()
         # Where a number is also the name of a move, it is the name.
         moves = {str(move): move for move in self.state.legal_actions()}
-        moves |= {self.state.action_to_string(player, move): move for move in self.state.legal_actions()}
+        moves |= {self.state.action_to_string(player, move).strip(): move for move in self.state.legal_actions()}
         if action.strip() not in moves:
             self.state = None
-            rewards = tuple(ILLEGAL_REWARD if seat == player else 0.0 for seat in range(self.num_players))
+            # Never cheaper than losing as much as the game lets anybody lose.
+            lost = min(ILLEGAL_REWARD, self.game.min_utility())
+            rewards = tuple(lost if seat == player else 0.0 for seat in range(self.num_players))
             return Transition(observation=None, rewards=rewards, is_illegal=True)
         self.state.apply_action(moves[action.strip()])
         self._play_chance()
@@ -95,7 +97,7 @@ class OpenSpielGame:
         return Observation(
             text=f"{self.name}, player {player}\n{seen.rstrip()}\nmove:",
             player=player,
-            legal=tuple(self.state.action_to_string(player, move) for move in self.state.legal_actions()),
+            legal=tuple(self.state.action_to_string(player, move).strip() for move in self.state.legal_actions()),
         )
 
 

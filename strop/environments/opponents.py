@@ -40,7 +40,10 @@ class RandomOpponent:
 
     def move(self, game: Environment, observation: Observation, draw: random.Random) -> str:
         if not observation.legal:
-            raise ValueError("the game does not say which moves are legal, so that none can be drawn")
+            raise ValueError(
+                'the game does not say which moves are legal, so that none can be drawn by lot: leave "random" out of '
+                "eval.opponents, and opening_moves at 0"
+            )
         return draw.choice(observation.legal)
 
 
@@ -52,6 +55,16 @@ class MctsOpponent:
 
     def move(self, game: Environment, observation: Observation, draw: random.Random) -> str:
         state, pyspiel = state_of(game, "mcts"), open_spiel()
+        kind = state.get_game().get_type()
+        is_searchable = (
+            kind.information == pyspiel.GameType.Information.PERFECT_INFORMATION
+            and kind.reward_model == pyspiel.GameType.RewardModel.TERMINAL
+        )
+        if not is_searchable:  # it searches from the true state, hidden cards and all
+            raise ValueError(
+                f'{state.get_game()} has secrets, or pays before its end: the opponent "mcts" would cheat, or cannot '
+                'search it; use "random"'
+            )
         seed = draw.getrandbits(30)
         bot = pyspiel.MCTSBot(
             state.get_game(),
@@ -78,8 +91,7 @@ class PerfectOpponent:
 
     def move(self, game: Environment, observation: Observation, draw: random.Random) -> str:
         state = state_of(game, "perfect")
-        if not self._values:
-            check_solvable(state.get_game())
+        check_solvable(state.get_game())
         sign = 1 if observation.player == 0 else -1
         values = {move: sign * self._value(state.child(move)) for move in state.legal_actions()}
         best = max(values.values())
@@ -90,7 +102,7 @@ class PerfectOpponent:
         if state.is_terminal():
             return state.returns()[0]
         mover = state.current_player()
-        key = f"{mover} {state}"
+        key = f"{state.get_game()} {mover} {state}"
         if key not in self._values:
             if len(self._values) >= MAX_POSITIONS:
                 raise ValueError(

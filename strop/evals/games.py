@@ -10,13 +10,20 @@ from strop.rollouts.games import Game, Player, play
 
 
 def evaluate_games(
-    make: Callable[[], Environment], policy: Player, opponents: Sequence[Player], *, num_games: int, seed: int
+    make: Callable[[], Environment],
+    policy: Player,
+    opponents: Sequence[Player],
+    *,
+    num_games: int,
+    seed: int,
+    max_moves: int = 1000,
 ) -> dict[str, float]:
     """Of num_games against each opponent, the seats taken in turn: {"random/win": 0.9, "random/loss": ...}.
 
     win, draw and loss are shares, by whether the policy's reward is above, at, or below 0; win and loss have 95 %
     intervals (_low, _high), and a share of each seat (win_seat0, loss_seat0, ...). illegal: games that the policy ended
-    with a move that is not allowed, which are among the losses. num_moves is the mean length of a game.
+    with a move that is not allowed, which are among the losses; opponent_illegal: those that the opponent ended so,
+    which are among the draws. num_moves is the mean length of a game.
     """
     metrics: dict[str, float] = {}
     for opponent in opponents:
@@ -25,7 +32,7 @@ def evaluate_games(
             [policy if seat == index % num_seats else opponent for seat in range(num_seats)]
             for index in range(num_games)
         ]
-        games = play(make, seatings, seed=seed)
+        games = play(make, seatings, seed=seed, max_moves=max_moves)
         for name, value in results(games, policy.name).items():
             metrics[f"{opponent.name}/{name}"] = value
     return metrics
@@ -45,6 +52,9 @@ def results(games: Sequence[Game], name: str) -> dict[str, float]:
             for seat in sorted(set(seats)):
                 of_seat = [each for each, place in zip(signs, seats, strict=True) if place == seat]
                 found[f"{outcome}_seat{seat}"] = of_seat.count(sign) / len(of_seat)
-    found["illegal"] = sum(game.is_illegal and game.moves[-1].player == seat for game, seat in own) / len(games)
+    for who, is_own in (("illegal", True), ("opponent_illegal", False)):
+        found[who] = sum(game.is_illegal and (game.moves[-1].player == seat) == is_own for game, seat in own) / len(
+            games
+        )
     found["num_moves"] = sum(len(game.moves) for game in games) / len(games)
     return found

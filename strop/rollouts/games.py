@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from strop.environments.opponents import RandomOpponent
 from strop.generation import Engine
 from strop.runs.seeds import derive_seed
 from strop.tokenizer import Tokenizer
-from strop.types import Completion, Observation, Request, SamplingParams
+from strop.types import Completion, Observation, Request, SamplingParams, Transition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,12 @@ class PolicyPlayer:
     def moves(self, positions: Sequence[Position]) -> list[Move]:
         """ValueError for a position that does not fit into the model's context with a move after it."""
         prompts = [self.prompt_ids(position.observation.text) for position in positions]
+        longest = max(map(len, prompts))
+        if longest + self.sampling.max_new_tokens > self.engine.max_length:
+            raise ValueError(
+                f"a position of the game has {longest} tokens; with max_new_tokens={self.sampling.max_new_tokens} it "
+                f"exceeds the model's {self.engine.max_length} positions: lower max_moves, or take one that reads more"
+            )
         requests = [
             Request(prompt_ids=prompt, sampling=self.sampling, seed=position.seed)
             for prompt, position in zip(prompts, positions, strict=True)
@@ -115,11 +122,15 @@ def play(
     *,
     seed: int,
     openings: Sequence[int] | None = None,
+    max_moves: int = 1000,
 ) -> list[Game]:
     """One game for every seating, whose players it names seat by seat; the seed and a game's place decide it.
 
     All games go on side by side: each player moves at once in all that wait for it. openings: so many first moves of
-    each game are legal ones drawn by lot, whoever's turn it is.
+    each game are legal ones drawn by lot, whoever's turn it is. A game of max_moves moves ends there (is_truncated),
+    with what its players have got so far.
+
+    Raises ValueError, naming the move, for a game that fails or pays something else than a number to each seat.
     """
     by_lot = OpponentPlayer("lot", RandomOpponent())
     games = [make() for _ in seatings]
@@ -140,12 +151,12 @@ def play(
                 for index in indices
             ]
             for index, move in zip(indices, player.moves(positions), strict=True):
-                transition = games[index].step(move.text)
+                transition = _checked_step(games[index], move.text, len(seatings[index]))
                 moves[index].append(move)
                 for seat, reward in enumerate(transition.rewards):
                     rewards[index][seat] += reward
-                if transition.observation is None:
-                    ended[index] = transition.is_illegal, transition.is_truncated
+                if transition.observation is None or ply + 1 == max_moves:
+                    ended[index] = transition.is_illegal, transition.is_truncated or transition.observation is not None
                     del waiting[index]
                 else:
                     waiting[index] = transition.observation
@@ -162,3 +173,21 @@ def play(
         )
         for index, seating in enumerate(seatings)
     ]
+
+
+def _checked_step(game: Environment, text: str, num_seats: int) -> Transition:
+    """A game may be a user's own: what it makes of a move is looked at before it gets into averages and weights."""
+    try:
+        transition = game.step(text)
+    except Exception as error:
+        raise ValueError(
+            f"the game failed on the move {text!r} ({type(error).__name__}: {error}): for text that is no move it must "
+            "end with is_illegal, not raise"
+        ) from error
+    if len(transition.rewards) != num_seats or not all(map(math.isfinite, transition.rewards)):
+        raise ValueError(f"after the move {text!r} the game pays {transition.rewards}, not one number to each seat")
+    if transition.observation is not None and not 0 <= transition.observation.player < num_seats:
+        raise ValueError(
+            f"after the move {text!r} it is the turn of player {transition.observation.player}, who has no seat"
+        )
+    return transition

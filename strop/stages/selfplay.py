@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from strop.objectives.policy_gradient import clipped_policy_loss
 from strop.optim import AdamW, DivergedError, SkippedSteps, optimizer_step
 from strop.rollouts.averages import Averages, add_engine_gap, warn_of_engine_gap
 from strop.rollouts.batch import RolloutBatch, collate_rollouts
-from strop.rollouts.games import Game, OpponentPlayer, Player, PolicyPlayer, play
+from strop.rollouts.games import Game, Move, OpponentPlayer, Player, PolicyPlayer, play
 from strop.rollouts.logprobs import frozen_logprobs, token_logprobs
 from strop.rollouts.prompts import Sampling
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
@@ -68,11 +68,11 @@ def selfplay_step(actors: Actors, config: Config, step: int) -> tuple[dict[str, 
     started = time.perf_counter()
     games, past_step = play_games(actors, config, step)
     rollout_ended = time.perf_counter()
-    batch = make_batch(actors, games, config.seat_weight)
+    batch = make_batch(actors, games, config)
     actors.baselines.update(moved_baselines(actors.baselines, games, config.baseline_decay))
-    averages, norm, num_skipped = update(actors, batch, config, step)
+    num_tokens = sum(len(completion.token_ids) for *_, completion in own_moves(games))
+    averages, norm, num_skipped = update(actors, batch, num_tokens, config, step)
     ended = time.perf_counter()
-    num_tokens = sum(map(len, batch.completions))
     metrics = game_metrics(games) | {f"baseline/{name}": value for name, value in actors.baselines.items()}
     metrics |= averages.result() | {
         "past_step": past_step,
@@ -94,7 +94,8 @@ def game_metrics(games: Sequence[Game]) -> dict[str, float]:
     against_self = [game for game in games if PAST not in game.seats]
     against_past = [game for game in games if PAST in game.seats]
     metrics = {
-        "illegal": sum(game.is_illegal for game in games) / len(games),
+        "illegal": sum(game.is_illegal and game.seats[game.moves[-1].player] == SELF for game in games) / len(games),
+        "truncated": sum(game.is_truncated for game in games) / len(games),
         "num_moves": sum(len(game.moves) for game in games) / len(games),
     }
     if against_self:
@@ -126,6 +127,7 @@ def play_games(actors: Actors, config: Config, step: int) -> tuple[list[Game], i
         openings=torch.randint(
             config.opening_moves + 1, (len(seatings),), generator=generator(config.seed, "openings", step)
         ).tolist(),
+        max_moves=config.max_moves,
     )
     actors.engine.release()
     return games, past_step
@@ -141,47 +143,76 @@ def kind_of(game: Game, seat: int) -> str:
     return f"{PAST if PAST in game.seats else SELF}/{seat}"
 
 
-def make_batch(actors: Actors, games: Sequence[Game], seat_weight: float) -> RolloutBatch:
+def own_moves(games: Sequence[Game]) -> Iterator[tuple[int, Move, Completion]]:
+    """The learning policy's moves, with their game's place: not those of a past self, nor those drawn by lot."""
+    for place, game in enumerate(games):
+        for move in game.moves:
+            if game.seats[move.player] == SELF and move.completion is not None:
+                yield place, move, move.completion
+
+
+def make_batch(actors: Actors, games: Sequence[Game], config: Config) -> RolloutBatch:
     """Every move of the learning policy, with its advantage: the seat's reward minus what was to be expected.
 
     That is position_baseline's estimate, whose moving averages are read before this rollout moves them. Moves whose
-    advantage is 0 have no gradient and are left out. A position that came up in several games is computed once.
+    advantage is 0 have no gradient and are left out, unless the KL gives them one. A position that came up in several
+    games is computed once.
     """
-    by_prompt: dict[tuple[int, ...], list[tuple[Completion, float, float]]] = {}
-    for game in games:
-        for move in game.moves:
-            if game.seats[move.player] != SELF or move.completion is None:  # not its own, or drawn by lot
-                continue
-            usual = actors.baselines.get(kind_of(game, move.player), 0.0)
-            by_prompt.setdefault(move.prompt_ids, []).append((move.completion, game.rewards[move.player], usual))
+    by_prompt: dict[tuple[int, ...], list[tuple[Completion, Outcome]]] = {}
+    for place, move, completion in own_moves(games):
+        usual = actors.baselines.get(kind_of(games[place], move.player), 0.0)
+        outcome = Outcome(game=place, reward=games[place].rewards[move.player], usual=usual)
+        by_prompt.setdefault(move.prompt_ids, []).append((completion, outcome))
     prompts: list[tuple[int, ...]] = []
     groups: list[list[Completion]] = []
     advantages: list[float] = []
     for prompt, moves in by_prompt.items():
-        expected = position_baseline([(reward, usual) for _, reward, usual in moves], seat_weight)
-        pairs = [(move, move[1] - value) for move, value in zip(moves, expected, strict=True) if move[1] != value]
+        expected = position_baseline([outcome for _, outcome in moves], config.seat_weight)
+        pairs = [
+            (completion, outcome.reward - value) for (completion, outcome), value in zip(moves, expected, strict=True)
+        ]
+        # Of equal rewards a mean leaves a rounding error, which Adam would scale up to a full step.
+        pairs = [pair for pair in pairs if config.kl_coef or abs(pair[1]) > 1e-9]
         if pairs:
             prompts.append(prompt)
-            groups.append([completion for (completion, _, _), _ in pairs])
+            groups.append([completion for completion, _ in pairs])
             advantages += [advantage for _, advantage in pairs]
     batch = collate_rollouts(prompts, groups, device=actors.policy.device)
     advantages_BT = torch.tensor(advantages)[:, None].expand(batch.response_mask_BT.shape)
     return batch.replace(advantages_BT=advantages_BT.to(actors.policy.device))
 
 
-def position_baseline(rewards: Sequence[tuple[float, float]], seat_weight: float) -> list[float]:
-    """What each game that passed a position was to expect there, of (its reward, its seat's usual reward).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a move: the place of its game, its seat's reward there, and what that seat usually gets."""
 
-        (sum of the OTHER games' rewards + seat_weight * usual) / (number of others + seat_weight)
+    game: int
+    reward: float
+    usual: float
 
-    A game's own reward must not be in it: that would take back a part of what it shows. Alone, or with an infinite
-    weight, a game expects what is usual (SPIRAL); with weight 0 and others, their mean (leave-one-out).
+
+def position_baseline(outcomes: Sequence[Outcome], seat_weight: float) -> list[float]:
+    """What each of the moves from one position was to bring.
+
+        (sum of the OTHER games' rewards + seat_weight * usual) / (number of those + seat_weight)
+
+    Its own game's reward must not be in it, however often that game passed the position: that would take back a part of
+    what it shows. Alone, or with an infinite weight, a game expects what is usual (SPIRAL); with weight 0 and others,
+    their mean (leave-one-out).
     """
-    total = sum(reward for reward, _ in rewards)
-    others = len(rewards) - 1
-    if not others or math.isinf(seat_weight):
-        return [usual for _, usual in rewards]
-    return [(total - reward + seat_weight * usual) / (others + seat_weight) for reward, usual in rewards]
+    total = sum(outcome.reward for outcome in outcomes)
+    own: dict[int, list[float]] = {}
+    for outcome in outcomes:
+        own.setdefault(outcome.game, []).append(outcome.reward)
+    expected: list[float] = []
+    for outcome in outcomes:
+        others = len(outcomes) - len(own[outcome.game])
+        if not others or math.isinf(seat_weight):
+            expected.append(outcome.usual)
+        else:
+            rewards = total - sum(own[outcome.game])
+            expected.append((rewards + seat_weight * outcome.usual) / (others + seat_weight))
+    return expected
 
 
 def moved_baselines(baselines: dict[str, float], games: Sequence[Game], decay: float) -> dict[str, float]:
@@ -197,12 +228,16 @@ def moved_baselines(baselines: dict[str, float], games: Sequence[Game], decay: f
     }
 
 
-def update(actors: Actors, batch: RolloutBatch, config: Config, step: int) -> tuple[Averages, float, int]:
-    """The rollout's updates: averages for the metrics, the mean gradient norm, and how many updates were refused."""
+def update(
+    actors: Actors, batch: RolloutBatch, num_tokens: int, config: Config, step: int
+) -> tuple[Averages, float, int]:
+    """The rollout's updates: averages for the metrics, the mean gradient norm, and how many updates were refused.
+
+    num_tokens, all that the policy sampled, is the denominator: moves that teach nothing count as such.
+    """
     averages = Averages()
     norms: list[float] = []
     num_skipped = 0
-    num_tokens = sum(map(len, batch.completions))
     options = {"temperature": config.sampling.temperature, "max_tokens": config.micro_batch_tokens}
     if config.epochs_per_rollout > 1:
         batch = batch.replace(old_logprobs_BT=frozen_logprobs(actors.policy, batch, **options))
@@ -257,8 +292,10 @@ def evaluate(actors: Actors, config: Config) -> dict[str, float]:
         actors.opponents,
         num_games=config.eval.num_games,
         seed=derive_seed(config.seed, "eval"),
+        max_moves=config.max_moves,
     )
-    actors.engine.release()
+    for player in (actors.engine, *(each.engine for each in actors.opponents if isinstance(each, PolicyPlayer))):
+        player.release()
     return {f"eval/{name}": value for name, value in found.items()}
 
 
@@ -314,23 +351,25 @@ def make_actors(config: Config, start: Start) -> Actors:
     policy = load_policy(start, None, dtype, config.device, config.seed, checkpointing=config.gradient_checkpointing)
     tokenizer.check_fits(policy.config.vocab_size)
     assert start.parent is not None
-    parent = start.parent.path
+    beginning = start.parent.path
 
     def load(path: Path) -> CausalLM:
         return load_model(path, dtype=dtype, device=config.device, frozen=True)
 
+    # One copy of it: the first past self, an opponent of the matches, and the KL's reference.
+    first = load(beginning)
     opponents: list[Player] = []
     for opponent in config.eval.opponents:
         if opponent == START:
-            opponents.append(policy_player(START, load(parent), tokenizer, config, config.sampling))
+            opponents.append(policy_player(START, first, tokenizer, config, config.sampling))
         else:
             opponents.append(OpponentPlayer(opponent, load_opponent(opponent)))
     return Actors(
         policy=policy,
-        reference=load(parent) if config.kl_coef else None,
+        reference=first if config.kl_coef else None,
         engine=Engine(policy, tokenizer, num_slots=config.num_slots),
         tokenizer=tokenizer,
-        past=PastSelves(start.run.path / "past", parent, every=config.past_every, load=load),
+        past=PastSelves(start.run.path / "past", first, every=config.past_every, load=load),
         opponents=tuple(opponents),
         optimizer=config.optimizer.build(policy.named_parameters()),
         baselines={},
@@ -339,6 +378,7 @@ def make_actors(config: Config, start: Start) -> Actors:
 
 def sample_rows(games: Sequence[Game], limit: int) -> list[dict[str, object]]:
     """What samples.jsonl keeps of a step: its first and its last games (against a past self), move by move."""
+    limit = min(limit, len(games))
     shown = [*games[: limit - limit // 2], *games[len(games) - limit // 2 :]]
     return [
         {

@@ -46,13 +46,16 @@ class Config:
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=16))
     """How the policy and its past selves move."""
 
+    max_moves: int = 200
+    """A game that has so many ends there, with what its players have got by then: nothing, in most games."""
     opening_moves: int = 0
     """A game begins with up to so many legal moves drawn by lot, each number as likely: games of a policy that has
     become sure of its moves are all the same otherwise, and it forgets the other positions."""
     past_share: float = 0.5
     """Share of the games against a past self, where only the present one learns; the rest are against itself."""
     past_every: int = 20
-    """Steps after which the policy becomes a past self. Each rollout draws one of them, or the run's beginning."""
+    """Steps after which the policy becomes a past self. Each rollout draws one of them, or the run's beginning.
+    Every one stays on the disk, as a model in runs/NAME/past."""
     baseline_decay: float = 0.95
     """Of each seat's moving average of the reward, which a reward is compared with (SPIRAL's baseline)."""
     seat_weight: float = 4.0
@@ -93,7 +96,7 @@ class Config:
     """Decides chance in the games, moves, seats and past selves."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "num_steps", "games_per_step", "epochs_per_rollout", "past_every")
+        at_least(self, 1, "num_steps", "games_per_step", "epochs_per_rollout", "past_every", "max_moves")
         at_least(self, 1, "micro_batch_tokens", "num_slots", "save_every", "keep_checkpoints")
         at_least(
             self, 0, "seat_weight", "clip_low", "clip_high", "kl_coef", "opening_moves", "samples_per_step", "seed"

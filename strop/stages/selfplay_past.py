@@ -21,10 +21,10 @@ class PastSelves:
     one may lose to an older (Silver et al. 2016 drew opponents at random for that reason).
     """
 
-    def __init__(self, folder: Path, start: Path, *, every: int, load: Callable[[Path], CausalLM]) -> None:
-        """start: the checkpoint that the run began from, which is the first of them."""
+    def __init__(self, folder: Path, first: CausalLM, *, every: int, load: Callable[[Path], CausalLM]) -> None:
+        """first: the model that the run began from, which is the first of them."""
         self.folder = folder
-        self.start = start
+        self.first = first
         self.every = every
         self._load = load
         self._loaded: tuple[int, CausalLM] | None = None
@@ -33,12 +33,15 @@ class PastSelves:
         """Which past self a step (from 1) meets: the step that it is of, 0 for the beginning, and the model itself."""
         number = (step - 1) // self.every + 1
         chosen = self.every * int(torch.randint(number, (), generator=generator(seed, "past", step)))
+        if not chosen:
+            return 0, self.first
         if self._loaded is None or self._loaded[0] != chosen:
+            self._loaded = None  # not two at a time
             self._loaded = chosen, self._load(self.path(chosen))
         return self._loaded
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:06}" if step else self.start
+        return self.folder / f"step-{step:06}"
 
     def keep(self, step: int, policy: CausalLM) -> None:
         """After a step: the policy as it is now, where the step is one of those."""

@@ -24,10 +24,10 @@ def play(
 def test_a_person_moves_and_a_model_that_says_nonsense_loses_its_own_game(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = play(tiny_folder, "9\n?\nx(1,1)\n", monkeypatch, capsys, "--game", GAME)
-    assert status == 0 and out.count("allowed: x(0,0)  x(0,1)") == 2
+    status, out, err = play(tiny_folder, "9\n?\n4\n", monkeypatch, capsys, "--game", GAME)
+    assert status == 0 and out.count("allowed: 0 = x(0,0), 1 = x(0,1)") == 2
     assert "player 0\n...\n...\n...\n" in out
-    assert out.endswith("which is not allowed, and has lost.\n")
+    assert out.endswith("which is not allowed, and lost.\n")
     assert "unchanged" in err
 
 
@@ -35,7 +35,7 @@ def test_the_second_seat_and_giving_up(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, _ = play(tiny_folder, "", monkeypatch, capsys, "--game", GAME, "--seat", "1")
-    assert status == 0 and "The model says" in out and "player" not in out, "it began, and that was not a move"
+    assert status == 0 and "The model has said" in out and "player" not in out, "it began, and that was not a move"
     for lines in ("/quit\n", ""):
         status, out, _ = play(tiny_folder, lines, monkeypatch, capsys, "--game", GAME)
         assert status == 0 and out.endswith("You gave up.\n")

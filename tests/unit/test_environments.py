@@ -52,6 +52,12 @@ def test_a_move_that_is_not_allowed_ends_the_game_and_wins_it_for_nobody() -> No
             game.step("o(0,0)")
 
 
+def test_saying_nonsense_is_never_cheaper_than_losing() -> None:
+    game = load_environment("open_spiel:leduc_poker")
+    game.reset(seed=0)
+    assert game.step("nonsense").rewards == (-13.0, 0.0)
+
+
 def test_the_last_move_pays() -> None:
     game = load_environment(TICTACTOE)
     game.reset(seed=0)
@@ -97,8 +103,12 @@ def test_names_that_are_no_game(name: str, message: str) -> None:
 
 def test_a_game_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
-    file.write_text("from strop.environments import load_environment\n\ndef ttt():\n")
-    file.write_text(file.read_text() + f"    return load_environment({TICTACTOE!r})\n")
+    (tmp_path / "own_words.py").write_text("SIZE = 3\n")
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom own_words import SIZE\n"
+        "from strop.environments import load_environment\n\n@dataclass\nclass Board:\n    size: int = SIZE\n\n"
+        f"def ttt():\n    assert Board().size == 3\n    return load_environment({TICTACTOE!r})\n"
+    )
     game: Environment = load_environment(f"{file}:ttt")
     assert game.num_players == 2
     with pytest.raises(ValueError, match="has no function other"):
@@ -134,8 +144,13 @@ def test_names_that_are_no_opponent(name: str) -> None:
 
 
 def test_perfect_play_is_refused_where_it_cannot_be_worked_out() -> None:
-    for name, why in (("open_spiel:kuhn_poker", "has chance, secrets"), ("open_spiel:connect_four", "too many")):
+    refusals = (
+        ("open_spiel:kuhn_poker", "perfect", "has chance, secrets"),
+        ("open_spiel:connect_four", "perfect", "too many"),
+        ("open_spiel:kuhn_poker", "mcts:10", "would cheat"),
+    )
+    for name, opponent, why in refusals:
         game = load_environment(name)
         observation = game.reset(seed=0)
         with pytest.raises(ValueError, match=why):
-            load_opponent("perfect").move(game, observation, random.Random(0))
+            load_opponent(opponent).move(game, observation, random.Random(0))

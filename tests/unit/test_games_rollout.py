@@ -13,7 +13,7 @@ from strop.generation import Engine
 from strop.models import load_model
 from strop.rollouts.games import Game, Move, OpponentPlayer, Player, PolicyPlayer, Position, play
 from strop.tokenizer import Tokenizer
-from strop.types import SamplingParams
+from strop.types import Observation, SamplingParams, Transition
 
 
 def tic_tac_toe():
@@ -86,6 +86,53 @@ def test_an_opening_is_drawn_by_lot_and_belongs_to_nobody() -> None:
     assert play(tic_tac_toe, [[player, player]], seed=5, openings=[0]) == play(tic_tac_toe, [[player, player]], seed=5)
 
 
+class Endless:
+    """Two players pass for ever; what a move pays, or whether it raises, is its text."""
+
+    num_players = 2
+
+    def reset(self, seed: int, task: object = None) -> Observation:
+        return Observation(text="pass", player=0)
+
+    def step(self, action: str) -> Transition:
+        rewards = {"nan": (float("nan"), 0.0), "short": (1.0,)}.get(action, (0.0, 0.0))
+        if action == "raise":
+            raise KeyError("no such move")
+        return Transition(observation=Observation(text="pass", player=7 if action == "nobody" else 1), rewards=rewards)
+
+    def close(self) -> None:
+        pass
+
+
+class Says:
+    name = "says"
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def moves(self, positions: Sequence[Position]) -> list[Move]:
+        return [Move(player=position.observation.player, text=self.text) for position in positions]
+
+
+def test_a_game_without_end_is_ended() -> None:
+    (game,) = play(Endless, [[Says("pass")] * 2], seed=0, max_moves=5)
+    assert game.is_truncated and not game.is_illegal and len(game.moves) == 5 and game.rewards == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nan", "not one number to each seat"),
+        ("short", "not one number to each seat"),
+        ("raise", "the game failed on the move 'raise' .KeyError"),
+        ("nobody", "player 7, who has no seat"),
+    ],
+)
+def test_what_a_game_of_ones_own_does_wrong_is_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        play(Endless, [[Says(text)] * 2], seed=0)
+
+
 def test_results_count_from_the_policys_side() -> None:
     def game(seat: int, reward: float, is_illegal: bool = False) -> Game:
         seats = ("policy", "other") if seat == 0 else ("other", "policy")
@@ -98,7 +145,7 @@ def test_results_count_from_the_policys_side() -> None:
     assert (found["win"], found["draw"], found["loss"]) == (0.6, 0.2, 0.2)
     assert (found["win_seat0"], found["loss_seat0"]) == (1.0, 0.0)
     assert found["win_seat1"] == pytest.approx(1 / 3) and found["loss_seat1"] == pytest.approx(1 / 3)
-    assert found["illegal"] == 0.2 and found["num_moves"] == 1
+    assert found["illegal"] == 0.2 and found["opponent_illegal"] == 0.0 and found["num_moves"] == 1
     assert found["win_low"] < 0.6 < found["win_high"]
 
 

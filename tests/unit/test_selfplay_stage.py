@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from strop.models import load_model
 from strop.rollouts.games import Game, Move
 from strop.runs import RunFolder, read_lines
 from strop.stages import selfplay
+from strop.stages.selfplay_config import Config
 from strop.stages.selfplay_past import PastSelves
 from strop.types import Completion
 
+GAME = "open_spiel:tic_tac_toe"
 RECIPE = """
 from = "tiny"
 game = "open_spiel:tic_tac_toe"
@@ -114,8 +117,9 @@ class HasBaselines:
         self.policy.device = torch.device("cpu")  # type: ignore[assignment]
 
 
-def advantages(baselines: dict[str, float], seat_weight: float = math.inf) -> dict[int, float]:
-    batch = selfplay.make_batch(HasBaselines(baselines), GAMES, seat_weight)  # type: ignore[arg-type]
+def advantages(baselines: dict[str, float], seat_weight: float = math.inf, kl_coef: float = 0.0) -> dict[int, float]:
+    config = Config(init_from="", game=GAME, num_steps=1, seat_weight=seat_weight, kl_coef=kl_coef)
+    batch = selfplay.make_batch(HasBaselines(baselines), GAMES, config)  # type: ignore[arg-type]
     assert batch.advantages_BT is not None
     return {
         tokens[0]: round(float(value), 6)
@@ -131,6 +135,8 @@ def test_a_moves_advantage_is_its_seats_reward_minus_what_that_seat_usually_gets
 def test_moves_of_a_past_self_or_by_lot_teach_nothing_and_neither_does_an_expected_result() -> None:
     # Without averages a draw is what is expected, so that the second game is left out.
     assert advantages({}) == {10: 1.0, 12: 1.0, 11: -1.0, 15: -1.0}
+    # The KL has a gradient there.
+    assert advantages({}, kl_coef=0.1) == {10: 1.0, 12: 1.0, 11: -1.0, 13: 0.0, 15: -1.0}
 
 
 def test_a_position_that_others_passed_too_says_what_was_to_be_expected_there() -> None:
@@ -140,7 +146,13 @@ def test_a_position_that_others_passed_too_says_what_was_to_be_expected_there() 
     assert found[13] == pytest.approx(0 - (-1 - 1 + 2 * -0.5) / 4)
     assert found[15] == pytest.approx(-1 - (-1 + 0 + 0) / 4)
     assert found[12] == 1.0, "alone at its position"
-    assert selfplay.position_baseline([(1.0, 0.2), (-1.0, 0.2), (0.5, 0.2)], 0.0) == [-0.25, 0.75, 0.0]
+    outcomes = [
+        selfplay.Outcome(game=game, reward=reward, usual=0.2) for game, reward in ((0, 1.0), (1, -1.0), (2, 0.5))
+    ]
+    assert selfplay.position_baseline(outcomes, 0.0) == [-0.25, 0.75, 0.0]
+    # A game that passes a position twice learns there from the others only.
+    twice = [*outcomes, selfplay.Outcome(game=0, reward=1.0, usual=0.2)]
+    assert selfplay.position_baseline(twice, 0.0)[::3] == [-0.25, -0.25]
 
 
 def test_averages_move_by_seat_and_by_kind_of_game() -> None:
@@ -149,10 +161,11 @@ def test_averages_move_by_seat_and_by_kind_of_game() -> None:
 
 
 def test_which_past_self_a_step_meets_follows_from_step_and_seed(tmp_path: Path) -> None:
-    past = PastSelves(tmp_path / "past", tmp_path / "start", every=5, load=lambda path: path)  # type: ignore[arg-type,return-value]
+    first: Any = "first"
+    past = PastSelves(tmp_path / "past", first, every=5, load=lambda path: cast(Any, path))
     assert {past.draw(step, seed=0)[0] for step in range(1, 6)} == {0}
     met = [past.draw(step, seed=0) for step in range(6, 61)]
     assert {step for step, _ in met} == set(range(0, 60, 5))
     assert met == [past.draw(step, seed=0) for step in range(6, 61)]
-    assert all(path == (tmp_path / "past" / f"step-{step:06}" if step else tmp_path / "start") for step, path in met)
+    assert all(model == (tmp_path / "past" / f"step-{step:06}" if step else "first") for step, model in met)
     assert all(step < 6 + index for index, (step, _) in enumerate(met)), "nobody meets a self that is yet to come"
