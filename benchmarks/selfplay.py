@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import subprocess
 import sys
 from itertools import product
@@ -115,6 +114,10 @@ def winning_moves(name: str) -> float:
     return sum(text in best for text, best in zip(said, to_take, strict=True)) / len(positions)
 
 
+def winning_cell(row: dict[str, Any]) -> str:
+    return f"{row['winning_moves']:.0%}" if "winning_moves" in row else "-"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     heads = [*OPPONENTS, "start"]
     lines = ["| model | " + " | ".join(f"won against {name}" for name in heads) + " | illegal | winning moves |"]
@@ -124,9 +127,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row[f'{name}/win']:.1%} [{row[f'{name}/win_low']:.1%}, {row[f'{name}/win_high']:.1%}]" for name in heads
         ]
         lines.append(
-            f"| {row['model']} | "
-            + " | ".join(cells)
-            + f" | {row['random/illegal']:.1%} | {row.get('winning_moves', math.nan):.0%} |"
+            f"| {row['model']} | " + " | ".join(cells) + f" | {row['random/illegal']:.1%} | {winning_cell(row)} |"
         )
     return "\n".join(lines)
 

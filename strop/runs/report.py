@@ -17,7 +17,7 @@ from strop.runs.folder import RunFolder
 from strop.runs.metrics import read_lines
 from strop.runs.report_page import PAGE
 
-HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score", "accuracy", "base_agreement")
+HELD_OUT_METRICS = ("pass@1", "bits_per_byte", "loss", "score", "accuracy", "base_agreement", "random/win")
 """The first of them that a run logged as eval/NAME stands in the table."""
 
 CURVES = {
@@ -30,6 +30,13 @@ CURVES = {
     "eval/self_agreement": "agreement with its own votes on held-out prompts",
     "eval/distinct_answers": "different majority answers on held-out prompts",
     "eval/entropy": "entropy on held-out prompts, nats per token",
+    "eval/start/win": "games won against the run's beginning",
+    "eval/random/win": "games won against moves by lot",
+    "eval/perfect/win": "games won against perfect play",
+    "eval/random/illegal": "games against moves by lot that it ended with a move that is not allowed",
+    "past/win": "games won against a past self",
+    "illegal": "games ended with a move that is not allowed",
+    "draw": "draws against itself",
     "majority_share": "share of the majority answer",
     "label_accuracy": "share of majority answers that are right",
     "reward_accuracy": "share of rewards that the right answer would have given",
@@ -229,7 +236,7 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
         if len(kept) < SAMPLES_PER_STEP:
             kept.append(row)
     for step, rows in steps.items():
-        groups = groupby(rows, key=lambda row: _text(row.get("prompt", "")))
+        groups = groupby(rows, key=lambda row: _text(row.get("prompt", " against ".join(row.get("seats", ())))))
         yield {
             "step": step,
             "groups": [{"prompt": prompt, "rows": [_answer(row) for row in own]} for prompt, own in groups],
@@ -239,8 +246,9 @@ def _samples(path: Path) -> Iterator[dict[str, Any]]:
 def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     parts = row.get("parts") or {}
     return {
-        "text": _text(row.get("completion", "")),
-        "reward": row.get("reward"),
+        # A game of self-play has moves, and a reward for each seat, of which the first is shown.
+        "text": _text(row.get("completion", ", ".join(map(str.strip, row.get("moves", ()))))),
+        "reward": row.get("reward", (row.get("rewards") or [None])[0]),
         "verdicts": [{"name": name, **verdict} for name, verdict in parts.items()],
         "is_cut": row.get("finish_reason") == "length",
     }
@@ -270,7 +278,7 @@ def estimate_text(estimate: Estimate | None, metric: str) -> str:
     """A rate in per cent, anything else with three decimals; the interval in brackets."""
     if estimate is None:
         return "–"
-    is_rate = metric.startswith(("pass@", "maj@"))
+    is_rate = metric.startswith(("pass@", "maj@")) or metric.endswith("/win")
     value, low, high = (
         "" if number is None else f"{100 * number:.1f}" if is_rate else f"{number:.3f}"
         for number in (estimate.value, estimate.low, estimate.high)
