@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,7 +16,16 @@ import pytest
 from strop.cli import main as cli
 from strop.runs import RunFolder, resolve
 from strop.runs.charts import Curve, draw, running_mean
-from strop.runs.report import Estimate, HeldOut, curves, estimate_text, logged_held_out, visible, write_report
+from strop.runs.report import (
+    Estimate,
+    HeldOut,
+    _samples,  # pyright: ignore[reportPrivateUsage]
+    curves,
+    estimate_text,
+    logged_held_out,
+    visible,
+    write_report,
+)
 
 ATTACK = "</pre><script>alert('x')</script><img src=http://example.org/a onerror=alert(1)>{{ 7 * 7 }}"
 
@@ -250,3 +260,15 @@ def test_a_learned_judge_is_labelled(tmp_path: Path, name: str, is_warned: bool)
     config = {"num_steps": 3, "rewards": [{"name": "format"}, {"name": name, "weight": 0.1}]}
     text, _ = report(tmp_path, make_run(tmp_path, "judged", [{"step": 1, "reward": 0.5}], config=config))
     assert ("It can be gamed" in text) is is_warned
+
+
+def test_a_game_of_self_play_is_shown_by_its_moves(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    row = {"step": 3, "seats": ["self", "past"], "moves": [" x(0,0)", "4"], "rewards": [1.0, -1.0], "is_illegal": False}
+    path.write_text(json.dumps(row) + "\n")
+    [shown] = _samples(path)
+    [group] = shown["groups"]
+    assert group["prompt"] == "self against past"
+    assert [(answer["text"], answer["reward"]) for answer in group["rows"]] == [("x(0,0), 4", 1.0)]
+    held_out = logged_held_out([{"step": 0, "eval/random/win": 0.5}, {"step": 9, "eval/random/win": 0.9}])
+    assert held_out is not None and estimate_text(held_out.after, held_out.metric) == "90.0 %"
