@@ -638,9 +638,12 @@ def test_equal_programs_for_equal_tests_run_once(reward):
     assert time.monotonic() - started < 40 * 0.4 / 2
 
 
-def nobodys_orphans() -> list[str]:
-    """Boxes whose judge is gone, or that have left it: processes as nobody with no code_worker above them."""
-    found: list[str] = []
+def orphans() -> dict[int, str]:
+    """Boxes with none of the test run's processes above them: whoever started them is gone, or they have left it.
+
+    Boxes of tests in other workers hang below those, whatever judge they belong to.
+    """
+    suite = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
     table: dict[int, tuple[int, str, int]] = {}
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
@@ -650,19 +653,29 @@ def nobodys_orphans() -> list[str]:
                 table[int(place.name)] = (int(stat[1]), command, place.stat().st_uid)
             except OSError:
                 continue
-    for pid, (parent, command, uid) in table.items():
-        if "serve_solution" not in command and uid != 65534:
-            continue
-        above, judged = parent, False
-        while above in table and above > 1:
-            judged = judged or "code_worker" in table[above][1] or "canary" in table[above][1]
-            above = table[above][0]
-        if not judged:
-            found.append(f"{pid} {command[:80]}")
+    found: dict[int, str] = {}
+    for pid, (above, command, uid) in table.items():
+        if "serve_solution" in command or uid == 65534:
+            while above in table and above != suite:
+                above = table[above][0]
+            if above != suite:
+                found[pid] = command[:80]
     return found
 
 
-def test_close_leaves_no_process():
+@pytest.fixture
+def before() -> dict[int, str]:
+    """What runs as nobody on this machine and is none of ours."""
+    return orphans()
+
+
+def new_orphans(before: dict[int, str], seconds: float = 5.0) -> dict[int, str]:
+    """Those that are still there after a while."""
+    wait_until(lambda: orphans().keys() <= before.keys(), seconds)
+    return {pid: command for pid, command in orphans().items() if pid not in before}
+
+
+def test_close_leaves_no_process(before: dict[int, str]):
     made = CodeReward(timeout=1.0, num_workers=2)
     hang = answer("```\ndef f(x):\n    while True: pass\n```")
     assert [v.status for v in made.score([task(INCREMENT)] * 2, [hang, answer("```\ndef f(x): return 2\n```")])] == [
@@ -670,12 +683,12 @@ def test_close_leaves_no_process():
         "wrong",
     ]
     made.close()
-    assert wait_until(lambda: nobodys_orphans() == [])
+    assert new_orphans(before) == {}
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("whom", ["run", "judge"])
-def test_a_verifier_ended_in_the_middle_leaves_no_process(how, whom, tmp_path):
+def test_a_verifier_ended_in_the_middle_leaves_no_process(how, whom, before: dict[int, str]):
     timeout = 20.0 if whom == "run" else 4.0  # the judge's death is followed by a second try, which must time out
     script = f"""
         import sys
@@ -704,7 +717,7 @@ def test_a_verifier_ended_in_the_middle_leaves_no_process(how, whom, tmp_path):
                 assert parent.wait(40) == 0
         finally:
             parent.kill()
-    assert wait_until(lambda: nobodys_orphans() == [])
+    assert new_orphans(before) == {}
 
 
 def boxes_of(worker: int) -> list[int]:
