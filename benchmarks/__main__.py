@@ -57,7 +57,7 @@ def main() -> int:
         PYTHONS["vllm"] = options.vllm
     absent = absent_systems(jobs)
     if options.ours:
-        others = {system for job in jobs for system in JOBS[job].systems} - {"strop", "machine"}
+        others = {system for job in jobs for system in JOBS[job].systems} - {"strop", "strop_int8", "machine"}
         absent = {system: f"{system} is not measured: --ours leaves it out." for system in sorted(others)}
     if any("llama_cpp" in JOBS[job].systems for job in jobs) and "llama_cpp" not in absent:
         get_gguf_beside(options.model)
@@ -106,6 +106,8 @@ def measure(jobs: list[str], model: Path, rounds: int, absent: dict[str, str]) -
 
 def measure_once(system: str, job: str, model: Path, *setting: str) -> dict[str, float]:
     """The figures that a fresh process of benchmarks.run_SYSTEM prints."""
+    if system == "strop_int8":
+        system, setting = "strop", ("int8",)
     command = [PYTHONS.get(system, sys.executable), "-m", f"benchmarks.run_{system}", job, str(model), *setting]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -1,7 +1,8 @@
-"""One measurement of Strop: python -m benchmarks.run_strop JOB MODEL."""
+"""One measurement of Strop: python -m benchmarks.run_strop JOB MODEL [DTYPE]."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import statistics
@@ -15,11 +16,11 @@ from strop.native.malloc import restart_without_thread_cache
 
 def generation(job: work.Job, model_folder: str) -> None:
     from strop.generation import Engine
-    from strop.models import choose_dtype, load_model
+    from strop.models import compute_in, load_model
     from strop.tokenizer import Tokenizer
     from strop.types import Request, SamplingParams
 
-    model = load_model(model_folder, dtype=choose_dtype("auto"), frozen=True)
+    model = load_model(model_folder, dtype=compute_in(job.dtype), frozen=True)
     engine = Engine(model, Tokenizer.load(model_folder), num_slots=job.batch)
     sampling = SamplingParams(max_new_tokens=job.new_tokens)
     ids = work.prompt_ids(model_folder, job.batch)
@@ -56,6 +57,7 @@ def sft(job: work.Job, model_folder: str) -> None:
             batch_tokens=sum(example.num_labels for example in examples),
             micro_batch_tokens=2048,
             optimizer=OptimizerConfig(lr=1e-5),
+            dtype=job.dtype,
             save_every=10_000,
         )
         lines = _steps(train, config, Path(folder), job)
@@ -105,6 +107,7 @@ def reinforce(job: work.Job, model_folder: str) -> None:
             # With an adapter small micro-batches cost little: there are no gradients of whole weights to add up.
             micro_batch_tokens=640 if job.has_lora else 2560,
             num_slots=job.batch * job.group,
+            dtype=job.dtype,
             save_every=10_000,
         )
         lines = _steps(train, config, Path(folder), job)
@@ -173,6 +176,7 @@ def preferences(job: work.Job, model_folder: str) -> None:
             batch_size=len(rows),
             micro_batch_tokens=2048,
             optimizer=OptimizerConfig(lr=1e-6),
+            dtype=job.dtype,
             save_every=10_000,
         )
         lines = _steps(train, config, Path(folder), job)
@@ -188,8 +192,8 @@ def _steps(train, config, folder: Path, job: work.Job) -> list[dict]:
     return [line for line in read_lines(run / "metrics.jsonl") if line["step"] > job.warm_up]
 
 
-def main(job_name: str, model_folder: str) -> None:
-    job = work.job(job_name)
+def main(job_name: str, model_folder: str, dtype: str = "auto") -> None:
+    job = dataclasses.replace(work.job(job_name), dtype=dtype)
     jobs = {"generation": generation, "sft": sft, "grpo": reinforce, "ppo": reinforce}
     jobs |= {"dpo": preferences, "reward-model": preferences}
     jobs[job.kind](job, model_folder)

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.__main__ import ROOT
 from strop.generation.sampler import RowParams, Sampler
-from strop.models import ModelConfig, choose_dtype, init_model
+from strop.models import ModelConfig, compute_in, init_model
 from strop.models.decoder import Decoder
 from strop.models.footprint import layer_matrices, num_parameters, training_flops
 from strop.models.logprobs import packed_logprobs
@@ -93,7 +93,7 @@ def group_sweep() -> list[Point]:
 def random_model(shape: Sequence[int]) -> Decoder:
     sizes = dict(zip(FIELDS, shape, strict=True))
     config = ModelConfig(**sizes, head_dim=sizes["hidden_size"] // sizes["num_heads"], max_position_embeddings=8192)
-    return init_model(config, seed=0, dtype=choose_dtype("auto"))
+    return init_model(config, seed=0, dtype=compute_in("auto"))
 
 
 def train_point(

@@ -17,7 +17,7 @@ class Job:
 
     kind: Literal["machine", "generation", "sft", "grpo", "ppo", "dpo", "reward-model"]
     systems: tuple[str, ...]
-    """Modules benchmarks.run_NAME, in the order of their turns."""
+    """Modules benchmarks.run_NAME, in the order of their turns; strop_int8 is run_strop with dtype int8."""
     batch: int = 0
     """generation: sequences; sft: rows; grpo, ppo: prompts; dpo, reward-model: pairs."""
     group: int = 1
@@ -28,26 +28,30 @@ class Job:
     """grpo: trains a LoRA adapter instead of all weights."""
     has_own_critic: bool = False
     """ppo: its critic is a network as large as the policy, and no head on the policy's trunk."""
+    dtype: str = "auto"
+    """What Strop computes in."""
     warm_up: int = 1
     """Steps before the clock counts."""
     timed: int = 3
 
 
+OURS = ("strop", "strop_int8")
+
 JOBS = {
     "machine": Job(kind="machine", systems=("machine",)),
-    "generation-1": Job(kind="generation", systems=("strop", "transformers", "llama_cpp", "vllm"), batch=1),
-    "generation-8": Job(kind="generation", systems=("strop", "transformers"), batch=8),
-    "generation-32": Job(kind="generation", systems=("strop", "transformers", "llama_cpp", "vllm"), batch=32),
-    "generation-64": Job(kind="generation", systems=("strop", "transformers"), batch=64, timed=2),
-    "sft": Job(kind="sft", systems=("strop", "trl"), batch=8),
-    "sft-8k": Job(kind="sft", systems=("strop",), batch=54),
-    "grpo-64": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8),
-    "grpo-64-lora": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=8, has_lora=True),
-    "grpo-256": Job(kind="grpo", systems=("strop", "trl"), batch=4, group=16, new_tokens=256, timed=1),
-    "ppo-64": Job(kind="ppo", systems=("strop",), batch=4, group=8, has_own_critic=True),
-    "ppo-64-shared": Job(kind="ppo", systems=("strop",), batch=4, group=8),
-    "dpo": Job(kind="dpo", systems=("strop", "trl"), batch=8),
-    "reward-model": Job(kind="reward-model", systems=("strop", "trl"), batch=8),
+    "generation-1": Job(kind="generation", systems=(*OURS, "transformers", "llama_cpp", "vllm"), batch=1),
+    "generation-8": Job(kind="generation", systems=(*OURS, "transformers"), batch=8),
+    "generation-32": Job(kind="generation", systems=(*OURS, "transformers", "llama_cpp", "vllm"), batch=32),
+    "generation-64": Job(kind="generation", systems=(*OURS, "transformers"), batch=64, timed=2),
+    "sft": Job(kind="sft", systems=(*OURS, "trl"), batch=8),
+    "sft-8k": Job(kind="sft", systems=OURS, batch=54),
+    "grpo-64": Job(kind="grpo", systems=(*OURS, "trl"), batch=4, group=8),
+    "grpo-64-lora": Job(kind="grpo", systems=(*OURS, "trl"), batch=4, group=8, has_lora=True),
+    "grpo-256": Job(kind="grpo", systems=(*OURS, "trl"), batch=4, group=16, new_tokens=256, timed=1),
+    "ppo-64": Job(kind="ppo", systems=OURS, batch=4, group=8, has_own_critic=True),
+    "ppo-64-shared": Job(kind="ppo", systems=OURS, batch=4, group=8),
+    "dpo": Job(kind="dpo", systems=(*OURS, "trl"), batch=8),
+    "reward-model": Job(kind="reward-model", systems=(*OURS, "trl"), batch=8),
 }
 
 

@@ -22,7 +22,7 @@ from strop.cli.pipeline import Plan
 from strop.data import load_rows, stream_texts, tasks_from_rows
 from strop.evals.tasks import evaluate_tasks
 from strop.evals.text import bits_per_byte
-from strop.models import CausalLM, Decoder, choose_dtype, init_model
+from strop.models import CausalLM, Decoder, compute_in, init_model
 from strop.rewards.load import load_rewards
 from strop.runs import derive_seed, read_lines, resolve
 from strop.runs.report import Estimate, HeldOut, logged_held_out
@@ -124,7 +124,7 @@ def measure_tasks(plan: Plan, judge: grpo.Config, runs_dir: Path) -> HeldOut:
 @functools.cache
 def compute_dtype() -> Literal["float32", "bfloat16"]:
     """What `auto` means here, asked once: a second measurement may come out differently, and both sides must agree."""
-    return "bfloat16" if choose_dtype("auto") is torch.bfloat16 else "float32"
+    return "bfloat16" if compute_in("auto") is torch.bfloat16 else "float32"
 
 
 def kept(

@@ -51,7 +51,8 @@ def machine_rows() -> dict[str, str]:
     import torch
 
     from strop import __version__
-    from strop.models.precision import fastest, measure_bandwidth, measure_dtypes
+    from strop.models.precision import fastest, measure_bandwidth, measure_dtypes, measure_gemm
+    from strop.native.build import library
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # What a job may use, which in a container or under taskset is less than what the machine has.
@@ -68,13 +69,15 @@ def machine_rows() -> dict[str, str]:
         "sandbox": sandbox(),
     }
     rates = measure_dtypes(device)
-    for dtype, rate in rates.items():
-        rows[f"GEMM {str(dtype).removeprefix('torch.')}"] = f"{rate:,.0f} GFLOP/s on {device.type}"
+    chosen = fastest(rates)
+    if device.type == "cpu" and library() is not None:
+        rates["int8"] = measure_gemm("int8")
+    for name, rate in rates.items():
+        rows[f"GEMM {name}"] = f"{rate:,.0f} GFLOP/s on {device.type}"
     if device.type == "cpu":
         read, copy = measure_bandwidth()
         rows["memory bandwidth"] = f"{read:.0f} GB/s reading, {copy:.0f} GB/s copying (read and written)"
-    ratio = rates[torch.bfloat16] / rates[torch.float32]
-    chosen = str(fastest(rates)).removeprefix("torch.")
+    ratio = rates["bfloat16"] / rates["float32"]
     rows["dtype 'auto'"] = f"{chosen}, by measurement: bfloat16 multiplies {ratio:.1f}x as fast as float32 here"
     return rows
 
@@ -173,7 +176,7 @@ def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | No
     from rich.console import Console
     from rich.table import Table
 
-    from strop.models.precision import measure_gemm
+    from strop.models.precision import measure_gemm, name_of
 
     console = Console(highlight=False)
     learner = work.learner
@@ -182,8 +185,8 @@ def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | No
         model += f", {learner.num_trained / 1e6:.2f} M of an adapter that learn"
     if work.critic is not None:
         model += f"; critic {work.critic.num_weights / 1e6:.1f} M"
-    dtype = str(work.dtype).removeprefix("torch.")
-    peak = measure_gemm(work.dtype)
+    dtype = name_of(work.dtype)
+    peak = measure_gemm(dtype)
     _print(
         {
             "stage": stage,

@@ -26,8 +26,8 @@ class ModelArguments:
     """A run (its newest checkpoint), a run's step, or a Hugging Face folder."""
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is whichever multiplies faster on this machine."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Compute dtype; auto is whichever of float32 and bfloat16 multiplies faster on this machine."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -65,18 +65,19 @@ def frozen_model(arguments: ModelArguments, *, num_slots: int = 32) -> Iterator[
     from torch import nn
 
     from strop.generation import Engine
-    from strop.models import choose_dtype, load_model, tokenizer_folder, weight_hash
+    from strop.models import compute_in, load_model, tokenizer_folder, weight_hash
+    from strop.models.precision import name_of
     from strop.runs import resolve
     from strop.tokenizer import Tokenizer
 
     checkpoint = resolve(arguments.model, arguments.runs_dir)
-    dtype = choose_dtype(arguments.dtype, arguments.device)
+    dtype = compute_in(arguments.dtype, arguments.device)
     model = load_model(checkpoint.path, dtype=dtype, device=arguments.device, frozen=True)
     assert isinstance(model, nn.Module)
     tokenizer = Tokenizer.load(tokenizer_folder(checkpoint.path))
     tokenizer.check_fits(model.lm_head_weight.shape[0])
     before = weight_hash(model)
-    print(f"{checkpoint.path}: {str(dtype).removeprefix('torch.')}, weights {before[:16]}", file=sys.stderr)
+    print(f"{checkpoint.path}: {name_of(dtype)}, weights {before[:16]}", file=sys.stderr)
     yield FrozenModel(model=model, tokenizer=tokenizer, engine=Engine(model, tokenizer, num_slots=num_slots))
     after = weight_hash(model)
     assert after == before, f"the frozen weights have changed: {before} before, {after} after"

@@ -70,8 +70,8 @@ class Arguments(SamplingArguments):
 
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype of the checkpoints; auto is whichever multiplies faster on this machine."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Compute dtype of the checkpoints; auto is whichever of float32 and bfloat16 multiplies faster on this machine."""
     device: str = "cpu"
     """cpu or cuda."""
 

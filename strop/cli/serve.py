@@ -45,8 +45,8 @@ class Arguments:
 
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is whichever multiplies faster on this machine."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Compute dtype; auto is whichever of float32 and bfloat16 multiplies faster on this machine."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -99,13 +99,15 @@ def run(command: str, args: Sequence[str]) -> int:
 
 def load_models(arguments: Arguments, limits: Limits) -> list[ServedModel]:
     """The checkpoints in the order given, then the adapters; ValueError for a name that comes twice."""
-    from strop.models import choose_dtype
+    from strop.models import compute_in
     from strop.models.adapters import is_adapter
+    from strop.models.precision import name_of
     from strop.runs import resolve
     from strop.serving import serve_model
 
-    dtype = choose_dtype(arguments.dtype, arguments.device)
-    named = [(*name_of(one), False) for one in arguments.models] + [(*name_of(one), True) for one in arguments.adapter]
+    dtype = compute_in(arguments.dtype, arguments.device)
+    named = [(*name_and_reference(one), False) for one in arguments.models]
+    named += [(*name_and_reference(one), True) for one in arguments.adapter]
     names = [name for name, _, _ in named]
     if double := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the name {min(double)} comes twice: write NAME={named[names.index(min(double))][1]}")
@@ -118,7 +120,7 @@ def load_models(arguments: Arguments, limits: Limits) -> list[ServedModel]:
         served = serve_model(name, checkpoint, dtype=dtype, device=arguments.device, limits=limits, base=base)
         protection = "read-only" if served.is_protected else "not write-protected on this device"
         print(
-            f"{name}: {checkpoint.path}, {str(dtype).removeprefix('torch.')}, weights {served.weights_sha256[:16]}, "
+            f"{name}: {checkpoint.path}, {name_of(dtype)}, weights {served.weights_sha256[:16]}, "
             f"{protection}, {served.engine.max_length} tokens",
             file=sys.stderr,
         )
@@ -126,7 +128,7 @@ def load_models(arguments: Arguments, limits: Limits) -> list[ServedModel]:
     return models
 
 
-def name_of(reference: str) -> tuple[str, str]:
+def name_and_reference(reference: str) -> tuple[str, str]:
     """(name, RUN or folder): "base=runs/x" -> ("base", "runs/x"); a run is its own name, a folder its last part."""
     name, equals, rest = reference.partition("=")
     if equals and name and "/" not in name:

@@ -51,7 +51,7 @@ def learner_of(config: Any, model: ModelConfig, **others: Any) -> Learner:
 
 
 def _pretrain(config: Any, runs_dir: Path) -> Workload:
-    from strop.models import choose_dtype
+    from strop.models import compute_in
     from strop.stages.forecast import Workload, packed_segments
     from strop.stages.pretrain import new_model_config
     from strop.types import Segment
@@ -64,7 +64,7 @@ def _pretrain(config: Any, runs_dir: Path) -> Workload:
     micro_batch = packed_segments([Segment(trunk=config.context_length)], _micro_tokens(config))
     return Workload(
         learner=learner_of(config, model),
-        dtype=choose_dtype(config.dtype),
+        dtype=compute_in(config.dtype),
         micro_batch=micro_batch,
         num_labels=sum(map(len, micro_batch)),
         tokens_per_step=config.batch_tokens,
@@ -75,7 +75,7 @@ def _pretrain(config: Any, runs_dir: Path) -> Workload:
 
 def _sft(config: Any, runs_dir: Path) -> Workload:
     from strop.data import load_rows, sft_examples
-    from strop.models import choose_dtype
+    from strop.models import compute_in
     from strop.stages.forecast import Workload, packed_segments
     from strop.types import Segment
 
@@ -96,7 +96,7 @@ def _sft(config: Any, runs_dir: Path) -> Workload:
     micro_batch = packed_segments(pattern, min(_micro_tokens(config), step_tokens))
     return Workload(
         learner=learner_of(config, model),
-        dtype=choose_dtype(config.dtype),
+        dtype=compute_in(config.dtype),
         micro_batch=micro_batch,
         num_labels=max(1, round(share * sum(map(len, micro_batch)))),
         tokens_per_step=step_tokens,

@@ -16,7 +16,7 @@ def reward_model(config: Any, runs_dir: Path) -> Workload:
     """One step on whole comparisons, through a scalar head."""
     from strop.cli.workload import checkpoint, file_bytes, learner_of
     from strop.data.formats import COMPARED
-    from strop.models import choose_dtype
+    from strop.models import compute_in
     from strop.models.heads import is_scalar_folder, pack_scored
     from strop.stages.forecast import Workload
 
@@ -37,7 +37,7 @@ def reward_model(config: Any, runs_dir: Path) -> Workload:
         assumptions = (f"{config.data} is not there yet: pairs of max_length, half of it the prompt",)
     return Workload(
         learner=learner_of(config, model, output="scores", seen_tokens=seen),
-        dtype=choose_dtype(config.dtype),
+        dtype=compute_in(config.dtype),
         micro_batch=tuple(segments),
         num_labels=num_labels,
         tokens_per_step=step_tokens,
@@ -55,7 +55,7 @@ def dpo(config: Any, runs_dir: Path) -> Workload:
     from strop.cli.workload_rollouts import prompts, reward_bytes
     from strop.data import pack_completions
     from strop.data.formats import COMPARED
-    from strop.models import choose_dtype
+    from strop.models import compute_in
     from strop.stages.dpo_config import SINGLE
     from strop.stages.forecast import Rollout, Workload, packed_segments
     from strop.types import Segment
@@ -90,7 +90,7 @@ def dpo(config: Any, runs_dir: Path) -> Workload:
     passes = int(config.keeps_reference) + 2 * int(config.loss == "kto")
     return Workload(
         learner=learner_of(config, model),
-        dtype=choose_dtype(config.dtype),
+        dtype=compute_in(config.dtype),
         micro_batch=tuple(segments),
         num_labels=num_labels,
         tokens_per_step=step_tokens,

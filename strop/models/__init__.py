@@ -7,7 +7,7 @@ from strop.models.decoder import Decoder, init_model
 from strop.models.interface import CausalLM
 from strop.models.loading import load_model, save_model, weight_hash
 from strop.models.lora import LoraConfig
-from strop.models.precision import choose_dtype
+from strop.models.precision import compute_in
 
 __all__ = [
     "CausalLM",
@@ -15,7 +15,7 @@ __all__ = [
     "Decoder",
     "LoraConfig",
     "ModelConfig",
-    "choose_dtype",
+    "compute_in",
     "init_model",
     "load_model",
     "save_model",

@@ -31,8 +31,10 @@ from strop.models.fused import (
     tied_embedding,
 )
 from strop.models.interface import Cache
-from strop.models.native import NativeDecode, can_decode
+from strop.models.kernel_attention import has_kernels
+from strop.models.native import NativeDecode, can_decode, check_int8
 from strop.native.freed_memory import give_back_freed_memory
+from strop.native.kernels import rotate_
 from strop.types import PackedBatch, Segment
 
 if TYPE_CHECKING:
@@ -94,18 +96,25 @@ class Attention(nn.Module):
         projected = norm_linear(x_TD, norm.weight, qkv.weight, qkv.bias, norm.eps, qkv.lora())
         return projected.view(x_TD.shape[0], -1, self.head_dim)
 
-    def _rotated(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self._normed_heads(qkv)
-        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.has_rope:
-            qk = rotate(qk, *rope)
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)
-        return q, k, v
+    def _rotated_(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The same heads, queries and keys turned by their angles; in place, and as in training, where there is a
+        kernel."""
+        num_rotated = self.num_heads + self.num_kv_heads
+        if not self.has_rope:
+            return qkv
+        if has_kernels(qkv):
+            rotate_(qkv, *rope, num_heads=num_rotated)
+            return qkv
+        qk, v = qkv.split([num_rotated, self.num_kv_heads], dim=1)
+        return torch.cat([rotate(qk, *rope), v], dim=1)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
 
     def _normed_heads(self, qkv: Tensor) -> Tensor:
         if self.q_norm is None or self.k_norm is None:
             return qkv
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = self._split(qkv)
         return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
 
     def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
@@ -118,11 +127,12 @@ class Attention(nn.Module):
     def prefill(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, pieces: Sequence[_Piece]
     ) -> Tensor:
-        q, k, v = self._rotated(self.project(x_TD), rope)
+        qkv = self._rotated_(self._normed_heads(self.project(x_TD)), rope)
+        q, k, v = self._split(qkv)
         for piece in pieces:
             cache.write(self.layer, piece.slot, k[piece.rows], v[piece.rows], piece.start)
         if plan.num_tokens == x_TD.shape[0]:
-            return self.output(plan.attend(q, k, v, self.scale).flatten(1))
+            return self.output(plan.attend_projected_(qkv, None, self.num_kv_heads, self.scale).flatten(1))
         # Before each piece, the keys and values of its prompt that the cache has already; no query looks from there.
         wide_q, wide_k, wide_v = (x.new_zeros(plan.num_tokens, *x.shape[1:]) for x in (q, k, v))
         for piece in pieces:
@@ -139,8 +149,8 @@ class Attention(nn.Module):
         With a single query a batched matmul beats the fused attention kernel, whose tiles it cannot fill.
         """
         num_slots = x_SD.shape[0]
-        qkv = self.qkv.decode(self.norm(x_SD)).view(num_slots, -1, self.head_dim)
-        q, k, v = self._rotated(qkv, rope)
+        qkv = self._normed_heads(self.qkv.decode(self.norm(x_SD)).view(num_slots, -1, self.head_dim))
+        q, k, v = self._split(self._rotated_(qkv, rope))
         keys_SKTH, values_SKTH = cache.keys[self.layer, :num_slots], cache.values[self.layer, :num_slots]
         keys_SKTH[step.slots_S, :, step.positions_S] = k
         values_SKTH[step.slots_S, :, step.positions_S] = v
@@ -422,4 +432,6 @@ def init_model(config: ModelConfig, *, seed: int, dtype: torch.dtype = torch.flo
         nn.init.normal_(
             parameter, std=0.02 / math.sqrt(2 * config.num_layers) if is_residual else 0.02, generator=generator
         )
-    return model.to(dtype)
+    model = model.to(dtype)
+    check_int8(model)
+    return model

@@ -239,7 +239,7 @@ def _product(x_TD: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor |
     """x W^T + bias, into `out` where it is given."""
     if out is None:
         out = _room_for_product(x_TD, weight)
-    return linear(x_TD, weight, out=out) if bias is None else torch.addmm(bias, x_TD, weight.T, out=out)
+    return linear(x_TD, weight, bias, out=out)
 
 
 def _lora_forward(

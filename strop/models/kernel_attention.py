@@ -99,7 +99,7 @@ class _KernelAttentionLinear(torch.autograd.Function):
         ctx.save_for_backward(qkv_TXH, weight, lse_TN)
         ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
         x_TE = output_TNH.flatten(1)
-        return linear(x_TE, weight, out=y_TD) if bias is None else torch.addmm(bias, x_TE, weight.T, out=y_TD)
+        return linear(x_TE, weight, bias, out=y_TD)
 
     @staticmethod
     @once_differentiable

@@ -26,6 +26,7 @@ from strop.models.folders import (
 from strop.models.huggingface import FAMILIES, config_from_dict, config_to_dict, disk_names
 from strop.models.interface import CausalLM
 from strop.models.lora import fold
+from strop.models.native import check_int8
 from strop.native.freed_memory import give_back_freed_memory
 
 
@@ -66,6 +67,7 @@ def load_model(
             stacklevel=2,
         )
         model = load_fallback(folder, raw, dtype=dtype, device=device)
+    check_int8(model)
     if frozen:
         model.requires_grad_(False).eval()
     return model

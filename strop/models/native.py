@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from strop.models.cache import KVCache
 from strop.models.fused import Linear
+from strop.native import products
 from strop.native.build import library
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _LANES = 16
 _GROUP = 2 * _LANES
+_ALIGNMENT = 64
 _POINTERS = (
     *("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "output", "output_bias"),
     *("mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias"),
@@ -56,8 +58,10 @@ class NativeDecode:
         weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
         has_head = config.vocab_size % _GROUP == 0
         weights += [model.lm_head_weight] if has_head else []
+        self._suffix = "8" if products.are_in_int8() else ""
         # One block for all: the system takes all of it back at once, and can map it in large pages.
-        self._unused = torch.empty(sum(weight.numel() for weight in weights), dtype=torch.bfloat16)
+        self._unused = torch.empty(_ALIGNMENT + sum(map(self._packed_bytes, weights)), dtype=torch.uint8)
+        self._unused = self._unused[-self._unused.data_ptr() % _ALIGNMENT :]
         kernels.strop_use_large_pages(ctypes.c_void_p(self._unused.data_ptr()), ctypes.c_int64(self._unused.nbytes))
         self._tensors: list[Tensor] = []  # what the pointers point to
         self._layers = (_Layer * config.num_layers)(
@@ -76,7 +80,7 @@ class NativeDecode:
         cos_SH, sin_SH = (angles.view(x_SD.shape[0], -1) for angles in rope)
         layer_stride = cache.keys.stride(0)
         assert layer_stride == cache.values.stride(0) and cache.keys[0].is_contiguous() and x_SD.is_contiguous()
-        self._kernels.strop_decode_step(
+        self._kernel("strop_decode_step")(
             ctypes.byref(self._shape),
             self._layers,
             ctypes.c_void_p(self._final_norm),
@@ -95,7 +99,7 @@ class NativeDecode:
         num_rows, width = hidden_SD.shape
         logits_SV = hidden_SD.new_empty(num_rows, self._vocab_size)
         hidden_SD = hidden_SD.contiguous()
-        self._kernels.strop_packed_product(
+        self._kernel("strop_packed_product")(
             ctypes.c_void_p(hidden_SD.data_ptr()),
             ctypes.c_void_p(self._head),
             ctypes.c_void_p(logits_SV.data_ptr()),
@@ -121,6 +125,17 @@ class NativeDecode:
             has_rope=attention.has_rope,
         )
 
+    def _kernel(self, name: str) -> Any:
+        return getattr(self._kernels, name + self._suffix)
+
+    def _packed_bytes(self, weight: Tensor) -> int:
+        if not self._suffix:
+            return weight.numel() * 2
+        num_columns, width = weight.shape
+        count = self._kernels.strop_packed_bytes8
+        count.restype = ctypes.c_int64
+        return count(*map(ctypes.c_int64, (num_columns // _GROUP, width)))
+
     def _kept(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
@@ -130,15 +145,31 @@ class NativeDecode:
     def _packed(self, weight: Tensor, *, is_gated: bool = False) -> int:
         """The weight in groups of 32 output columns: neighbours, or 16 of the gate with the same 16 of up."""
         num_columns, width = weight.shape
-        packed, self._unused = self._unused[: weight.numel()], self._unused[weight.numel() :]
+        num_bytes = self._packed_bytes(weight)
+        packed, self._unused = self._unused[:num_bytes], self._unused[num_bytes:]
         stride, second = (_LANES, num_columns // 2) if is_gated else (_GROUP, _LANES)
         weight = weight.detach().contiguous()
-        self._kernels.strop_pack(
+        self._kernel("strop_pack")(
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, packed)),
             *map(ctypes.c_int64, (num_columns // _GROUP, width, stride, second, torch.get_num_threads())),
         )
         self._tensors.append(packed)
         return packed.data_ptr()
+
+
+def check_int8(model: Any) -> None:
+    """ValueError where this process computes in int8 and the model cannot: its rollouts would be in bf16."""
+    from strop.models.decoder import Decoder
+
+    if not products.are_in_int8() or model.dtype != torch.bfloat16:
+        return
+    if not isinstance(model, Decoder):
+        raise ValueError('dtype="int8" is not supported for models that run through transformers: use "bfloat16"')
+    if not can_decode(model):
+        raise ValueError(
+            'dtype="int8" needs hidden_size, head_dim and the width of all queries, keys and values to be multiples of '
+            f'{_GROUP}, and intermediate_size of {_LANES}: use "bfloat16"'
+        )
 
 
 def can_decode(model: Decoder) -> bool:

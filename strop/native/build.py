@@ -22,7 +22,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
-REQUIRED = ("avx512_bf16", "avx512bw", "avx512vl")
+REQUIRED = ("avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl")
 FASTER_ELSEWHERE = "amx_bf16"
 """With matrix tiles oneDNN's kernels are ahead of ours."""
 

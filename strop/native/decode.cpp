@@ -1,9 +1,11 @@
-// One decode step of the whole decoder: S sequences, one new token each, bf16 weights and activations.
+// One decode step of the whole decoder: S sequences, one new token each, bf16 activations, and weights in bf16 or in 8
+// bits (tile8.h), the inputs of whose products are then 8 bits too.
 //
 // What a step needs is small beside what it reads, so everything between two matrix products is done on the way: norms
 // and SwiGLU write their result in the order in which the next product reads it. All threads walk through the layers
-// together and wait for each other between phases; nothing returns to Python in between. Where torch would store an
-// intermediate result as bf16, it is rounded to bf16 here too, so that rollouts and training see the same numbers.
+// together and wait for each other between phases; nothing returns to Python in between. Every sum has the order and
+// every rounding the place that they have in the kernels of a training step, so that rollouts and training see the same
+// numbers.
 //
 // Names: S rows (sequences), D width, N query heads, K key-value heads, H head width, I MLP width, T cache positions.
 #include <omp.h>
@@ -15,53 +17,118 @@
 
 #include "simd.h"
 #include "tile.h"
+#include "tile8.h"
 
 namespace {
 
-// Activations in the order in which the products read them: blocks of `tile` rows; inside a block, pair after pair of
-// inputs, and for each pair the rows side by side. Rows that pad the last block are zero.
-struct Activations {
-    std::vector<uint32_t> pairs;
-    int64_t num_pairs = 0;
-    int tile = 0, num_tiles = 0;
-
-    void shape(int64_t rows, int64_t width) {
-        num_tiles = (rows + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
-        tile = (rows + num_tiles - 1) / num_tiles;
-        num_pairs = width / 2;
-        pairs.assign(size_t(num_tiles) * tile * num_pairs, 0);
-    }
-    uint32_t* row(int64_t index) { return pairs.data() + (index / tile) * tile * num_pairs + index % tile; }
-    // Sixteen pairs of one row, starting at input `column`.
-    void put(int64_t index, int64_t column, __m512i sixteen_pairs) {
-        alignas(64) uint32_t values[LANES];
-        _mm512_store_si512(values, sixteen_pairs);
-        uint32_t* target = row(index) + column / 2 * tile;
-        for (int i = 0; i < LANES; i++) target[i * tile] = values[i];
+// Rows cut into the fewest tiles of equal height.
+struct Tiles {
+    int tile = 0, count = 0;
+    void shape(int64_t rows, int highest) {
+        count = (rows + highest - 1) / highest;
+        tile = (rows + count - 1) / count;
     }
 };
 
-// This thread's share of activations * weights^T. `finish(row, group, left, right)` takes 16 + 16 output columns.
-template <int ROWS, typename Finish>
-void product_rows(const Activations& input, const bf16* weights, int64_t num_groups, int64_t num_rows, Finish&& finish) {
+// The inputs of a product in the order in which it reads them: blocks of `tile` rows; inside a block, pair after pair of
+// inputs, and for each pair the rows side by side. Rows that pad the last block are zero.
+struct Inputs {
+    using Weights = bf16;
+    Tiles tiles;
+    int64_t num_pairs = 0;
+    std::vector<uint32_t> pairs;
+
+    Inputs(int64_t rows, int64_t width) : num_pairs(width / 2) {
+        tiles.shape(rows, MAX_TILE_ROWS);
+        pairs.assign(size_t(tiles.count) * tiles.tile * num_pairs, 0);
+    }
+    // COUNT words of two inputs of one row, starting at input `column`.
+    template <int COUNT>
+    void put(int64_t row, int64_t column, const uint32_t* values) {
+        uint32_t* target = pairs.data() + (row / tiles.tile) * tiles.tile * num_pairs + row % tiles.tile + column / 2 * tiles.tile;
+        for (int i = 0; i < COUNT; i++) target[i * tiles.tile] = values[i];
+    }
+    static constexpr bool IS_ARRANGED_BY_ROW = false;
+    void arrange(int64_t) {}
+
+    static int64_t panel_size(int64_t width) { return width * GROUP; }
+    // A panel of 32 columns from rows of `weight`: see pack_panel.
+    static void pack(const bf16* weight, int64_t second, int64_t width, bf16* panel) { pack_panel(weight, second, width, (uint32_t*)panel); }
+    template <int ROWS>
+    void multiply(const bf16* panel, int number, __m512 (&sums)[ROWS][2]) const {
+        product_tile<ROWS>(pairs.data() + number * ROWS * num_pairs, (const uint32_t*)panel, num_pairs, sums);
+    }
+};
+
+// The same in 8 bits. A row is kept as it comes until its scales can be known.
+struct Inputs8 {
+    using Weights = ColumnBlock;
+    Tiles tiles;
+    int64_t width, blocks;
+    std::vector<bf16> rows;
+    std::vector<uint32_t> words;
+
+    Inputs8(int64_t num_rows, int64_t width) : width(width), blocks(num_blocks(width)), rows(num_rows * width) {
+        tiles.shape(num_rows, MAX_TILE_ROWS_8);
+        words.assign(tiles.count * blocks * tile_block_words(tiles.tile), 0);
+    }
+    template <int COUNT>
+    void put(int64_t row, int64_t column, const uint32_t* values) {
+        std::memcpy(rows.data() + row * width + column, values, COUNT * sizeof(uint32_t));
+    }
+    static constexpr bool IS_ARRANGED_BY_ROW = true;
+    // After the last put of a row.
+    void arrange(int64_t row) {
+        const int height = tiles.tile;
+        uint32_t* target = words.data() + row / height * blocks * tile_block_words(height) + row % height;
+        for (int64_t block = 0; block < blocks; block++, target += tile_block_words(height)) {
+            alignas(64) uint32_t quads[QUADS];
+            float scale;
+            _mm512_store_si512(quads, as_unsigned(quantise_block(rows.data() + row * width + block * BLOCK, width - block * BLOCK, &scale)));
+            for (int quad = 0; quad < QUADS; quad++) target[quad * height] = quads[quad];
+            std::memcpy(target + QUADS * height, &scale, sizeof(scale));
+        }
+    }
+
+    static int64_t panel_size(int64_t width) { return num_blocks(width); }
+    static void pack(const bf16* weight, int64_t second, int64_t width, ColumnBlock* panel) {
+        for (int64_t block = 0; block < num_blocks(width); block++) pack_column_block(weight, second, width, block, panel + block);
+    }
+    template <int ROWS>
+    void multiply(const ColumnBlock* panel, int number, __m512 (&sums)[ROWS][2]) const {
+        const uint32_t* tile = words.data() + number * blocks * tile_block_words(ROWS);
+        // With one tile what is needed next comes from memory all the time; with several the first ones ask for the next panel.
+        if (tiles.count == 1) return product_tile_8<ROWS, 2>(tile, panel, width, (const char*)panel + 8192, sums);
+        const char* next = (const char*)(panel + blocks);
+        if (tiles.count == 2 && number == 0) return product_tile_8<ROWS, 2>(tile, panel, width, next, sums);
+        if (tiles.count > 2 && number < 3) return product_tile_8<ROWS, 1>(tile, panel, width, next + number * blocks * QUADS * 64, sums);
+        product_tile_8<ROWS, 0>(tile, panel, width, nullptr, sums);
+    }
+};
+
+// This thread's share of inputs * weights^T. `finish(row, group, left, right)` takes 16 + 16 output columns.
+template <int ROWS, typename In, typename Finish>
+void product_rows(const In& input, const typename In::Weights* weights, int64_t panel_size, int64_t num_groups, int64_t num_rows, Finish&& finish) {
     const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
-    const int64_t group_size = input.num_pairs * 2 * GROUP;
     for (int64_t group = num_groups * thread / num_threads; group < num_groups * (thread + 1) / num_threads; group++) {
-        for (int tile = 0; tile < input.num_tiles; tile++) {
+        for (int tile = 0; tile < input.tiles.count; tile++) {
             __m512 sums[ROWS][2];
-            product_tile<ROWS>(input.pairs.data() + tile * ROWS * input.num_pairs, (const uint32_t*)(weights + group * group_size), input.num_pairs, sums);
+            input.template multiply<ROWS>(weights + group * panel_size, tile, sums);
             const int used = std::min<int64_t>(ROWS, num_rows - int64_t(tile) * ROWS);
             for (int r = 0; r < used; r++) finish(int64_t(tile) * ROWS + r, group, sums[r][0], sums[r][1]);
         }
     }
 }
 
-template <typename Finish>
-void product(const Activations& input, const bf16* weights, int64_t num_groups, int64_t num_rows, Finish&& finish) {
-    switch (input.tile) {
-#define ROWS_CASE(n) \
-    case n: return product_rows<n>(input, weights, num_groups, num_rows, finish)
+template <typename In, typename Finish>
+void product(const In& input, const typename In::Weights* weights, int64_t width, int64_t num_groups, int64_t num_rows, Finish&& finish) {
+    const int64_t size = In::panel_size(width);
+    switch (input.tiles.tile) {
+#define ROWS_CASE(n)     case n: return product_rows<n>(input, weights, size, num_groups, num_rows, finish)
         ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
+        default: break;
+    }
+    if constexpr (!In::IS_ARRANGED_BY_ROW) switch (input.tiles.tile) {
         ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
 #undef ROWS_CASE
     }
@@ -97,98 +164,105 @@ void prepare_head(bf16* head, int64_t width, const bf16* norm, float eps, const 
     if (!cos) return;
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i += LANES) {
-        const __m512 first = load16(head + i), second = load16(head + half + i);
-        const __m512 c1 = load16(cos + i), c2 = load16(cos + half + i), s1 = load16(sin + i), s2 = load16(sin + half + i);
-        store16(head + i, _mm512_sub_ps(round16(_mm512_mul_ps(first, c1)), round16(_mm512_mul_ps(second, s1))));
-        store16(head + half + i, _mm512_add_ps(round16(_mm512_mul_ps(second, c2)), round16(_mm512_mul_ps(first, s2))));
+        const __m512 first = load16(head + i), second = load16(head + half + i), c = load16(cos + i), s = load16(sin + i);
+        store16(head + i, _mm512_fnmadd_ps(second, s, _mm512_mul_ps(first, c)));
+        store16(head + half + i, _mm512_fmadd_ps(first, s, _mm512_mul_ps(second, c)));
     }
 }
 
-// The sums of sixteen vectors, in order: halves the vectors and the lanes that still belong together in each round.
-inline __m512 sum_each(const __m512 (&x)[LANES]) {
-    __m512 by_four[4];
+template <typename In>
+inline void put_register(In& output, int64_t row, int64_t column, __m512i words) {
+    alignas(64) uint32_t values[LANES];
+    _mm512_store_si512(values, words);
+    output.template put<LANES>(row, column, values);
+}
+
+// What HEADS query heads that share keys and values get from them, each sum in the order of attention.cpp's forward pass:
+// the trainer's logprobs are then those of the rollout. queries and scores of a head lie query_stride and score_stride
+// behind those of the one before; scores have room for `length` rounded up to a multiple of 16.
+template <int HEADS, typename In>
+void attend(const bf16* queries, int64_t query_stride, const bf16* keys, const bf16* values, int64_t length, int64_t width, float scale, float* scores, int64_t score_stride, In& output, int64_t row, int64_t column) {
+    float tops[HEADS];
+    __m512 highest[HEADS];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512 *a = x + 4 * i, *b = a + 2;
-        const __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-        const __m512 second = _mm512_add_ps(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
-        const __m512d c = _mm512_castps_pd(first), d = _mm512_castps_pd(second);
-        by_four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
-    }
-    const auto join = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return join(join(by_four[0], by_four[1]), join(by_four[2], by_four[3]));
-}
-
-// scores[t] = query . keys[t] * scale for t in [0, length); returns their maximum. Writes up to a multiple of 16.
-float score(const bf16* query, const bf16* keys, int64_t length, int64_t width, float scale, float* scores) {
-    __m512 highest = _mm512_set1_ps(-INFINITY);
+    for (int g = 0; g < HEADS; g++) highest[g] = _mm512_set1_ps(-INFINITY);
     for (int64_t t = 0; t < length; t += LANES) {
-        __m512 sums[LANES];
+        __m512 sums[HEADS];
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g] = _mm512_setzero_ps();
+        for (int64_t h = 0; h < width; h += GROUP) {
+            __m512i pairs[16];  // of entries, one key per lane
+            load_block((const uint32_t*)(keys + t * width + h), width / 2, length - t, 16, pairs);
+            transpose16(pairs);
+            const uint32_t* query = (const uint32_t*)(queries + h);
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) {
-            // Past the end the last key stands in: it is no new maximum.
-            const bf16* key = keys + std::min(t + i, length - 1) * width;
-            sums[i] = _mm512_setzero_ps();
-            for (int64_t h = 0; h < width; h += 32)
-                sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_loadu_si512(query + h), (__m512bh)_mm512_loadu_si512(key + h));
-        }
-        const __m512 value = _mm512_mul_ps(sum_each(sums), _mm512_set1_ps(scale));
-        _mm512_storeu_ps(scores + t, value);
-        highest = _mm512_max_ps(highest, value);
-    }
-    return _mm512_reduce_max_ps(highest);
-}
-
-// Turns scores into exp(score - highest), zero up to the next multiple of 16, and returns their sum.
-float exponentials(float* scores, int64_t length, float highest) {
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t t = 0; t < length; t += LANES) {
-        const __mmask16 mask = length - t >= LANES ? 0xffff : (1u << (length - t)) - 1;
-        const __m512 value = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + t), _mm512_set1_ps(highest))));
-        _mm512_storeu_ps(scores + t, value);
-        total = _mm512_add_ps(total, value);
-    }
-    return _mm512_reduce_add_ps(total);
-}
-
-// sum_t weights[t] * values[t], 32 columns at a time for HEADS query heads that share the values.
-template <int HEADS>
-void weighted_sum(const float* weights, int64_t weights_stride, const bf16* values, int64_t length, int64_t width, const float* inverse_totals, Activations& output, int64_t row, int64_t column) {
-    const __m512i odd_half = _mm512_set1_epi32(0xffff0000);
-    for (int64_t h = 0; h < width; h += 32) {
-        __m512 even[HEADS], odd[HEADS];
+            for (int pair = 0; pair < 16; pair++)
 #pragma GCC unroll 4
-        for (int g = 0; g < HEADS; g++) even[g] = odd[g] = _mm512_setzero_ps();
-        for (int64_t t = 0; t < length; t++) {
-            const __m512i both = _mm512_loadu_si512(values + t * width + h);
-            const __m512 value_even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-            const __m512 value_odd = _mm512_castsi512_ps(_mm512_and_si512(both, odd_half));
+                for (int g = 0; g < HEADS; g++)
+                    sums[g] = _mm512_dpbf16_ps(sums[g], (__m512bh)pairs[pair], (__m512bh)_mm512_set1_epi32(query[g * query_stride / 2 + pair]));
+        }
+        const __mmask16 exists = length - t >= LANES ? 0xffff : __mmask16((1u << (length - t)) - 1);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) {
+            _mm512_storeu_ps(scores + g * score_stride + t, sums[g]);
+            highest[g] = _mm512_mask_max_ps(highest[g], exists, highest[g], sums[g]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < HEADS; g++) tops[g] = _mm512_reduce_max_ps(highest[g]);
+    for (int64_t t = 0; t < length; t += LANES) {
+        const __mmask16 exists = length - t >= LANES ? 0xffff : __mmask16((1u << (length - t)) - 1);
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) {
+            float* place = scores + g * score_stride + t;
+            const __m512 z = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(place), _mm512_set1_ps(tops[g])), _mm512_set1_ps(scale));
+            _mm512_storeu_ps(place, _mm512_maskz_mov_ps(exists, exp16(z)));
+        }
+    }
+    float totals[HEADS] = {};
+    for (int64_t t = 0; t < length; t++)
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) totals[g] += scores[g * score_stride + t];
+    for (int64_t t = 0; t < length; t += LANES)  // in place, as bf16: two keys to a word
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) store16((bf16*)(scores + g * score_stride) + t, _mm512_loadu_ps(scores + g * score_stride + t));
+    const __m512i low_order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high_order = _mm512_add_epi16(low_order, _mm512_set1_epi16(16));
+    for (int64_t h = 0; h < width; h += GROUP) {
+        __m512 sums[HEADS][2];
+#pragma GCC unroll 4
+        for (int g = 0; g < HEADS; g++) sums[g][0] = sums[g][1] = _mm512_setzero_ps();
+        for (int64_t t = 0; t < length; t += 2) {
+            const __m512i first = _mm512_loadu_si512(values + t * width + h);
+            const __m512i second = t + 1 < length ? _mm512_loadu_si512(values + (t + 1) * width + h) : _mm512_setzero_si512();
+            const __m512bh left = (__m512bh)_mm512_permutex2var_epi16(first, low_order, second);
+            const __m512bh right = (__m512bh)_mm512_permutex2var_epi16(first, high_order, second);
 #pragma GCC unroll 4
             for (int g = 0; g < HEADS; g++) {
-                const __m512 weight = _mm512_set1_ps(weights[g * weights_stride + t]);
-                even[g] = _mm512_fmadd_ps(weight, value_even, even[g]);
-                odd[g] = _mm512_fmadd_ps(weight, value_odd, odd[g]);
+                const __m512bh weights = (__m512bh)_mm512_set1_epi32(((const uint32_t*)(scores + g * score_stride))[t / 2]);
+                sums[g][0] = _mm512_dpbf16_ps(sums[g][0], weights, left);
+                sums[g][1] = _mm512_dpbf16_ps(sums[g][1], weights, right);
             }
         }
 #pragma GCC unroll 4
         for (int g = 0; g < HEADS; g++) {
-            const __m512 inverse = _mm512_set1_ps(inverse_totals[g]);
-            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even[g], inverse)));
-            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd[g], inverse)));
-            output.put(row, column + g * width + h, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            const __m512 inverse = _mm512_set1_ps(1.0f / totals[g]);
+            put_register(output, row, column + g * width + h, both_as_bf16(_mm512_mul_ps(sums[g][0], inverse), _mm512_mul_ps(sums[g][1], inverse)));
         }
     }
 }
 
-}  // namespace
-
-extern "C" {
-
+// qkv, output, gate_up and down are packed, in bf16 or in 8 bits.
 struct Layer {
-    const bf16 *attention_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *output, *output_bias;
-    const bf16 *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    const bf16* attention_norm;
+    const void* qkv;
+    const bf16 *qkv_bias, *q_norm, *k_norm;
+    const void* output;
+    const bf16 *output_bias, *mlp_norm;
+    const void* gate_up;
+    const bf16* gate_up_bias;
+    const void* down;
+    const bf16* down_bias;
     int64_t has_rope;
 };
 
@@ -197,34 +271,27 @@ struct Shape {
     float eps, scale;
 };
 
-// Asks the system for large pages behind a block that is not in use yet: a step reads all weights once, in order.
-void strop_use_large_pages(void* block, int64_t num_bytes) {
-    const uintptr_t page = 1 << 21, begin = ((uintptr_t)block + page - 1) / page * page;
-    const uintptr_t end = ((uintptr_t)block + num_bytes) / page * page;
-    if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-}
-
-// Rows of `weight` (N, K) in the order in which product_tile reads them: group g holds rows [g * stride, + 16) and
-// [g * stride + second, + 16), pair after pair of their inputs.
-void strop_pack(const bf16* weight, bf16* packed, int64_t num_groups, int64_t width, int64_t stride, int64_t second, int64_t num_threads) {
+// Rows of `weight` (N, K) in the order in which the products read them: group g holds rows [g * stride, + 16) and
+// [g * stride + second, + 16).
+template <typename In>
+void pack(const bf16* weight, typename In::Weights* packed, int64_t num_groups, int64_t width, int64_t stride, int64_t second, int64_t num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t group = 0; group < num_groups; group++)
-        pack_panel(weight + group * stride * width, second * width, width, (uint32_t*)(packed + group * width * GROUP));
+        In::pack(weight + group * stride * width, second * width, width, packed + group * In::panel_size(width));
 }
 
 // One token for each of num_rows sequences. `stream` (S, D) holds their embeddings and is overwritten; `hidden` (S, D)
 // gets the final norm's output. Keys and values of layer l start at keys + l * layer_stride, (slot, K, T, H) with
 // T = capacity; position lengths[s] of slot s is written, and [0, lengths[s]] is read. cos and sin are (S, H).
-void strop_decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, int64_t num_threads) {
+template <typename In>
+void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, int64_t num_threads) {
     const int64_t D = shape->D, N = shape->N, K = shape->K, H = shape->H, I = shape->I, S = num_rows;
     const int64_t heads_per_kv = N / K, qkv_width = (N + 2 * K) * H;
     const int64_t scores_stride = (capacity + LANES) / LANES * LANES + LANES;
     std::vector<bf16> qkv(S * qkv_width);
     std::vector<float> scores(num_threads * heads_per_kv * scores_stride);
-    Activations normed_input, attended, gated;
-    normed_input.shape(S, D);
-    attended.shape(S, N * H);
-    gated.shape(S, I);
+    In normed_input(S, D), attended(S, N * H), gated(S, I);
+    using Weights = const typename In::Weights*;
 
     const auto norm_rows = [&](const bf16* weight) {
 #pragma omp for schedule(static)
@@ -232,7 +299,15 @@ void strop_decode_step(const Shape* shape, const Layer* layers, const bf16* fina
             const bf16* x = stream + s * D;
             const float inverse = inverse_rms(x, D, shape->eps);
             for (int64_t i = 0; i < D; i += GROUP)
-                normed_input.put(s, i, both_as_bf16(normed(x + i, weight + i, inverse), normed(x + i + LANES, weight + i + LANES, inverse)));
+                put_register(normed_input, s, i, both_as_bf16(normed(x + i, weight + i, inverse), normed(x + i + LANES, weight + i + LANES, inverse)));
+            normed_input.arrange(s);
+        }
+    };
+    // Where a product's inputs were put by several threads.
+    const auto arrange_rows = [&](In& input) {
+        if constexpr (In::IS_ARRANGED_BY_ROW) {
+#pragma omp for schedule(static)
+            for (int64_t s = 0; s < S; s++) input.arrange(s);
         }
     };
     const auto add_to_stream = [&](const bf16* bias) {
@@ -247,7 +322,7 @@ void strop_decode_step(const Shape* shape, const Layer* layers, const bf16* fina
     for (int64_t l = 0; l < shape->num_layers; l++) {
         const Layer& layer = layers[l];
         norm_rows(layer.attention_norm);
-        product(normed_input, layer.qkv, qkv_width / GROUP, S, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
+        product(normed_input, (Weights)layer.qkv, D, qkv_width / GROUP, S, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
             bf16* target = qkv.data() + row * qkv_width + group * GROUP;
             store16(target, plus_bias(left, layer.qkv_bias, group * GROUP));
             store16(target + LANES, plus_bias(right, layer.qkv_bias, group * GROUP + LANES));
@@ -274,33 +349,26 @@ void strop_decode_step(const Shape* shape, const Layer* layers, const bf16* fina
             float* own_scores = scores.data() + omp_get_thread_num() * heads_per_kv * scores_stride;
             for (int64_t g = 0; g < heads_per_kv;) {
                 const int64_t together = std::min<int64_t>(4, heads_per_kv - g);
-                float inverse_totals[4];
-                for (int64_t i = 0; i < together; i++) {
-                    float* head_scores = own_scores + i * scores_stride;
-                    const float highest = score(query + (g + i) * H, own_keys, length, H, shape->scale, head_scores);
-                    inverse_totals[i] = 1.0f / exponentials(head_scores, length, highest);
-                }
-                const int64_t column = (k * heads_per_kv + g) * H;
-                const auto sum = together == 4 ? weighted_sum<4> : together == 3 ? weighted_sum<3> : together == 2 ? weighted_sum<2> : weighted_sum<1>;
-                sum(own_scores, scores_stride, own_values, length, H, inverse_totals, attended, s, column);
+                const auto some = together == 4 ? attend<4, In> : together == 3 ? attend<3, In> : together == 2 ? attend<2, In> : attend<1, In>;
+                some(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, attended, s, (k * heads_per_kv + g) * H);
                 g += together;
             }
         }
-        product(attended, layer.output, D / GROUP, S, add_to_stream(layer.output_bias));
+        arrange_rows(attended);
+        product(attended, (Weights)layer.output, N * H, D / GROUP, S, add_to_stream(layer.output_bias));
 #pragma omp barrier
         norm_rows(layer.mlp_norm);
-        product(normed_input, layer.gate_up, I / LANES, S, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
+        product(normed_input, (Weights)layer.gate_up, D, I / LANES, S, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
             gate = plus_bias(gate, layer.gate_up_bias, group * LANES);
             up = plus_bias(up, layer.gate_up_bias ? layer.gate_up_bias + I : nullptr, group * LANES);
-            const __m512 one = _mm512_set1_ps(1.0f);
-            const __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
+            const __m512 silu = _mm512_mul_ps(gate, sigmoid16(gate));
             alignas(32) uint32_t pairs[LANES / 2];
-            _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(round16(silu), up)));
-            uint32_t* target = gated.row(row) + group * (LANES / 2) * gated.tile;
-            for (int i = 0; i < LANES / 2; i++) target[i * gated.tile] = pairs[i];
+            _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(silu, up)));
+            gated.template put<LANES / 2>(row, group * LANES, pairs);
         });
 #pragma omp barrier
-        product(gated, layer.down, D / GROUP, S, add_to_stream(layer.down_bias));
+        arrange_rows(gated);
+        product(gated, (Weights)layer.down, I, D / GROUP, S, add_to_stream(layer.down_bias));
 #pragma omp barrier
     }
 #pragma omp parallel for num_threads(num_threads) schedule(static)
@@ -312,18 +380,48 @@ void strop_decode_step(const Shape* shape, const Layer* layers, const bf16* fina
 }
 
 // output (S, num_groups * 32) = input (S, width) * weights^T, for a packed weight such as the LM head.
-void strop_packed_product(const bf16* input, const bf16* weights, bf16* output, int64_t num_rows, int64_t width, int64_t num_groups, int64_t num_threads) {
-    Activations activations;
-    activations.shape(num_rows, width);
+template <typename In>
+void packed_product(const bf16* input, const typename In::Weights* weights, bf16* output, int64_t num_rows, int64_t width, int64_t num_groups, int64_t num_threads) {
+    In inputs(num_rows, width);
 #pragma omp parallel num_threads(num_threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < num_rows; row++)
-            for (int64_t i = 0; i < width; i += GROUP) activations.put(row, i, _mm512_loadu_si512(input + row * width + i));
-        product(activations, weights, num_groups, num_rows, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
+        for (int64_t row = 0; row < num_rows; row++) {
+            for (int64_t i = 0; i < width; i += GROUP) put_register(inputs, row, i, _mm512_loadu_si512(input + row * width + i));
+            inputs.arrange(row);
+        }
+        product(inputs, weights, width, num_groups, num_rows, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
             _mm512_storeu_si512(output + (row * num_groups + group) * GROUP, both_as_bf16(left, right));
         });
     }
 }
+
+}  // namespace
+
+extern "C" {
+
+// Asks the system for large pages behind a block that is not in use yet: a step reads all weights once, in order.
+void strop_use_large_pages(void* block, int64_t num_bytes) {
+    const uintptr_t page = 1 << 21, begin = ((uintptr_t)block + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)block + num_bytes) / page * page;
+    if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+}
+
+// Bytes of a packed weight of num_groups * 32 rows.
+int64_t strop_packed_bytes8(int64_t num_groups, int64_t width) { return num_groups * Inputs8::panel_size(width) * sizeof(ColumnBlock); }
+
+#define FOR_WEIGHTS(In, suffix) \
+    void strop_pack##suffix(const bf16* weight, In::Weights* packed, int64_t num_groups, int64_t width, int64_t stride, int64_t second, int64_t num_threads) { \
+        pack<In>(weight, packed, num_groups, width, stride, second, num_threads); \
+    } \
+    void strop_decode_step##suffix(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, int64_t num_threads) { \
+        decode_step<In>(shape, layers, final_norm, num_rows, stream, hidden, keys, values, layer_stride, capacity, lengths, cos, sin, num_threads); \
+    } \
+    void strop_packed_product##suffix(const bf16* input, const In::Weights* weights, bf16* output, int64_t num_rows, int64_t width, int64_t num_groups, int64_t num_threads) { \
+        packed_product<In>(input, weights, output, num_rows, width, num_groups, num_threads); \
+    }
+
+FOR_WEIGHTS(Inputs, )
+FOR_WEIGHTS(Inputs8, 8)
 
 }  // extern "C"

@@ -6,53 +6,13 @@
 // That costs a few per cent of the product, and the inner loop then runs at the rate of its dot-product instructions.
 // The smaller operand is written out whole, for all threads; of the larger one each thread writes a piece at a time, and
 // uses it up while it is in its cache.
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <new>
 
 #include "simd.h"
 #include "tile.h"
+#include "tiling.h"
 
 namespace {
-
-// Memory for packed operands that a thread keeps for its next product: fresh pages cost as much as filling them. It is
-// mapped, so that it lies in no heap where it would keep what was freed around it from going back.
-class Workspace {
-  public:
-    ~Workspace() { release(); }
-    uint32_t* at_least(size_t count) {
-        if (count * sizeof(uint32_t) > num_bytes_) {
-            release();
-            num_bytes_ = count * sizeof(uint32_t);
-            block_ = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-            if (block_ == MAP_FAILED) {
-                num_bytes_ = 0;
-                throw std::bad_alloc();
-            }
-        }
-        return static_cast<uint32_t*>(block_);
-    }
-
-  private:
-    void release() {
-        if (num_bytes_) munmap(block_, num_bytes_);
-    }
-    void* block_ = nullptr;
-    size_t num_bytes_ = 0;
-};
-
-// Rows of a matrix cut into tiles of equal height: the height that leaves the fewest rows empty.
-struct Tiling {
-    int height = 0, count = 0;
-    explicit Tiling(long rows) {
-        long fewest = 0;
-        for (int candidate = MAX_TILE_ROWS; candidate >= std::min<long>(MAX_TILE_ROWS - 4, rows) && candidate > 0; candidate--) {
-            const long tiles = (rows + candidate - 1) / candidate, padded = tiles * candidate;
-            if (!height || padded < fewest) height = candidate, count = int(tiles), fewest = padded;
-        }
-    }
-};
 
 // One tile of A whose pairs are neighbours in memory: target[p][r] = pair p of row r. Missing rows are zero.
 void pack_tile(const bf16* source, long stride, long rows, int height, long pairs, uint32_t* target) {
@@ -97,7 +57,7 @@ void pack_panel_of_columns(const bf16* source, long stride, long length, uint32_
 constexpr long TILES_PER_BATCH = 4;  // with all that is summed over, they fit a core's second cache
 
 struct Gemm {
-    const bf16 *a, *b;
+    const bf16 *a, *b, *bias;
     bf16* c;
     long rows, columns, length;
     bool a_is_columns, b_is_rows;
@@ -132,6 +92,10 @@ struct Gemm {
         product_tile<ROWS>(packed_tile, packed_panel, pairs, sums);
         bf16* target = c + tile * ROWS * columns + panel * GROUP;
         const long used = std::min<long>(ROWS, rows - tile * ROWS);
+        if (bias) {
+            const __m512 left = load16(bias + panel * GROUP), right = load16(bias + panel * GROUP + LANES);
+            for (int r = 0; r < used; r++) sums[r][0] = _mm512_add_ps(sums[r][0], left), sums[r][1] = _mm512_add_ps(sums[r][1], right);
+        }
         for (int r = 0; r < used; r++)
             _mm512_storeu_si512(target + r * columns, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
     }
@@ -169,12 +133,12 @@ struct Gemm {
 
 }  // namespace
 
-// C (rows, columns) = A B, contiguous. a_is_columns: A is stored as (length, rows), else (rows, length); b_is_rows: B is
+// C (rows, columns) = A B, contiguous, plus `bias` (columns) where there is one. a_is_columns: A is stored as (length, rows), else (rows, length); b_is_rows: B is
 // stored as (columns, length), else (length, columns). columns is a multiple of 32; length is even where an operand has
 // it as its last dimension.
-extern "C" void strop_gemm(const bf16* a, const bf16* b, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
-    const Tiling tiling(rows);
-    const Gemm gemm{a, b, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, (length + 1) / 2, columns / GROUP};
+extern "C" void strop_gemm(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
+    const Tiling tiling(rows, MAX_TILE_ROWS, 4);
+    const Gemm gemm{a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, (length + 1) / 2, columns / GROUP};
     switch (tiling.height) {
 #define ROWS_CASE(n) \
     case n: return gemm.run<n>(threads)

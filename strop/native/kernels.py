@@ -24,7 +24,8 @@ _SIGNATURES = {
     "strop_swiglu": [_POINTER, _POINTER, _LONG, _LONG, _INT],
     "strop_swiglu_backward": [*[_POINTER] * 3, _LONG, _LONG, _INT],
     "strop_rotate": [*[_POINTER] * 3, *[_LONG] * 4, _FLOAT, _INT],
-    "strop_gemm": [*[_POINTER] * 3, *[_LONG] * 3, *[_INT] * 3],
+    "strop_gemm": [*[_POINTER] * 4, *[_LONG] * 3, *[_INT] * 3],
+    "strop_gemm8": [*[_POINTER] * 4, *[_LONG] * 3, *[_INT] * 3],
     "strop_sample": [*[_POINTER] * 5, _LONG, _LONG, _INT],
     "strop_head_statistics": [*[_POINTER] * 5, _LONG, _LONG, _FLOAT, _INT],
     "strop_head_gradient": [*[_POINTER] * 6, *[_LONG] * 3, _FLOAT, _INT],
@@ -119,14 +120,31 @@ def rotate_(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor, num_heads: int, *, 
 
 
 def gemm(
-    a: Tensor, b: Tensor, out: Tensor, length: int, *, sums_over_rows_of_a: bool = False, b_is_transposed: bool = False
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    length: int,
+    *,
+    sums_over_rows_of_a: bool = False,
+    b_is_transposed: bool = False,
+    bias: Tensor | None = None,
+    in_int8: bool = False,
 ) -> None:
-    """Write the product a b into out; length is what is summed over. See products.py, which is to be used instead.
+    """Write the product a b, plus bias, into out; length is what is summed over. See products.py: use that instead.
 
-    sums_over_rows_of_a takes a^T, b_is_transposed b^T.
+    sums_over_rows_of_a takes a^T, b_is_transposed b^T. in_int8 rounds both operands as tile8.h says.
     """
-    _loaded().strop_gemm(
-        _at(a), _at(b), _at(out), *out.shape, length, sums_over_rows_of_a, b_is_transposed, torch.get_num_threads()
+    multiply = _loaded().strop_gemm8 if in_int8 else _loaded().strop_gemm
+    multiply(
+        _at(a),
+        _at(b),
+        None if bias is None else _at(bias),
+        _at(out),
+        *out.shape,
+        length,
+        sums_over_rows_of_a,
+        b_is_transposed,
+        torch.get_num_threads(),
     )
 
 

@@ -78,11 +78,6 @@ extern "C" void strop_rms_norm_backward(const bf16* grad, const bf16* x, const b
     }
 }
 
-static inline __m512 sigmoid16(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
 // out = silu(gate) * up; a row of gate_up is `width` gates, then `width` ups.
 extern "C" void strop_swiglu(const bf16* gate_up, bf16* out, long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from strop.models import CausalLM, Checkpointing, Decoder, LoraConfig, choose_dtype, load_model, tokenizer_folder
+from strop.models import CausalLM, Checkpointing, Decoder, LoraConfig, compute_in, load_model, tokenizer_folder
 from strop.models.adapters import adapter_parts, add_adapter, check_same_config, is_adapter
 from strop.models.lora import reference_of
-from strop.models.precision import DTYPES, fastest, measure_dtypes
+from strop.models.precision import fastest, measure_dtypes, name_of
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.runs import Start, derive_seed, resolve
@@ -45,20 +45,21 @@ def check_optimizer(optimizer: OptimizerConfig, num_steps: int) -> None:
 
 
 def chosen_dtype(start: Start, requested: str, device: str) -> torch.dtype:
-    """The run's compute dtype: measured once for "auto", and the same ever after.
+    """The dtype of the run's weights, in a process that computes as the run does: for "auto" what is measured once.
 
-    It is printed, and run.json has it as `dtype`, with the measured rates as `dtype_gflops`.
+    The compute dtype is printed, and run.json has it as `dtype`, with the measured rates as `dtype_gflops`.
     """
     reason = ""
     if "dtype" not in start.run.info and requested == "auto":
         rates = measure_dtypes(device)
-        measured = ", ".join(f"{_name(dtype)} {rate:.0f}" for dtype, rate in rates.items())
-        start.settle("dtype", lambda: _name(fastest(rates)))
+        measured = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+        start.settle("dtype", lambda: fastest(rates))
         start.settle("dtype_gflops", lambda: measured)
         reason = f", by measurement ({measured} GFLOP/s)"
-    name = start.settle("dtype", lambda: _name(choose_dtype(requested, device)))
-    print(f"compute dtype {name}{reason}", flush=True)
-    return DTYPES[name]
+    dtype = compute_in(start.run.info.get("dtype", requested), device)
+    start.settle("dtype", lambda: name_of(dtype))
+    print(f"compute dtype {name_of(dtype)}{reason}", flush=True)
+    return dtype
 
 
 def load_policy(
@@ -113,10 +114,6 @@ def refresh_reference(reference: CausalLM, policy: CausalLM) -> None:
 def load_tokenizer(start: Start) -> Tokenizer:
     """The tokenizer of the checkpoint that the run starts from; an adapter's may be its base's."""
     return Tokenizer.load(tokenizer_folder(start.model_folder))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def kept_tokenizer(start: Start, make: Callable[[], Tokenizer]) -> Tokenizer:

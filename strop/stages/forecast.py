@@ -27,6 +27,7 @@ from strop.models.footprint import (
     training_flops,
 )
 from strop.models.fused import can_pack
+from strop.native.products import are_in_int8
 from strop.optim import eight_bit
 from strop.types import Segment
 
@@ -335,6 +336,10 @@ def _widened_bytes(workload: Workload) -> float:
     return 2.0 * sum(each.num_trained for each in workload.learners.values() if each.lora is None)
 
 
+_PACKED_INT8_BYTES = 1 + 8 / 64
+"""Per weight: 8 bits, and a scale and a correction of 4 bytes for each block of 64."""
+
+
 def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
     """Cache, packed weights, and what a decode step makes, of which logits and sampler are all but a little."""
     config, dtype = workload.learner.model, workload.dtype
@@ -347,7 +352,7 @@ def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
     sampler_rows = min(slots, max(1, MAX_ELEMENTS // config.vocab_size))
     return {
         "cache": float(cache_bytes(config, num_slots=slots + prompts, length=length, bytes_per_number=dtype.itemsize)),
-        "packed weights": float(packed * dtype.itemsize),
+        "packed weights": float(packed * (_PACKED_INT8_BYTES if are_in_int8() else dtype.itemsize)),
         "logits": float(slots * config.vocab_size * dtype.itemsize + 2 * sampler_rows * config.vocab_size * 4),
     }
 

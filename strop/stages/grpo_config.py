@@ -98,8 +98,9 @@ class Config:
     gradient_checkpointing: Checkpointing = "some"
     """What backward passes compute again instead of keeping it: some of it, none (faster, more memory), or all layers
     (a third slower, least memory). The result is the same."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype of rollouts and training; auto measures. The weights that learn are float32 in any case."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Compute dtype of rollouts and training; auto measures, int8 is faster and noisier (docs/speed.md). The weights
+    that learn are float32 in any case."""
     device: str = "cpu"
     """A torch device."""
     seed: int = 0

@@ -170,7 +170,7 @@ def test_without_a_compiler_the_reason_is_named(monkeypatch: pytest.MonkeyPatch)
     assert build.why_unavailable() == "STROP_NATIVE=0 is set"
     monkeypatch.delenv("STROP_NATIVE")
     monkeypatch.setattr(build, "_cpu_features", lambda: frozenset())
-    assert build.why_unavailable() == "the CPU lacks avx512_bf16, avx512bw, avx512vl"
+    assert build.why_unavailable() == "the CPU lacks avx512_bf16, avx512_vnni, avx512bw, avx512vl"
 
 
 def test_sources_that_do_not_compile_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

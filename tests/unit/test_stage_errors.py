@@ -498,7 +498,7 @@ def test_the_measured_dtype_is_settled_once(
     """A second measurement on a busy machine might prefer the other dtype, and the run would no longer be the same."""
     import strop.stages.begin as begin
 
-    answers: list[Any] = [{torch.float32: 90.0, torch.bfloat16: 400.4}, {torch.float32: 90.0, torch.bfloat16: 4.0}]
+    answers: list[Any] = [{"float32": 90.0, "bfloat16": 400.4}, {"float32": 90.0, "bfloat16": 4.0}]
     monkeypatch.setattr(begin, "measure_dtypes", lambda device: answers.pop(0))
     change("sft.toml", 'dtype = "float32"\n', 'dtype = "auto"\n')
     assert main(["sft", "sft.toml"]) == 0
