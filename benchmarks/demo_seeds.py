@@ -35,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--dtype", default="auto", help="what the runs compute in; measured is in the dtype on disk")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json and NAME.md")
     options = parser.parse_args()
@@ -46,8 +47,8 @@ def main() -> int:
         for is_control in (False, True):
             for seed in options.seeds:
                 tasks = config.tasks.replace(".jsonl", "_shuffled.jsonl") if is_control else config.tasks
-                name = f"seeds-{part}-{seed}" + ("-shuffled" if is_control else "")
-                chosen = dataclasses.replace(config, seed=seed, tasks=tasks)
+                name = f"seeds-{part}-{options.dtype}-{seed}" + ("-shuffled" if is_control else "")
+                chosen = dataclasses.replace(config, seed=seed, tasks=tasks, dtype=options.dtype)
                 if not is_finished(options.runs_dir, name):
                     resume = (options.runs_dir / name / "run.json").is_file()
                     grpo.train(chosen, name=name, runs_dir=options.runs_dir, resume=resume)

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import work
 from benchmarks.__main__ import MODEL, ROOT, heading, origin
-from strop.native.malloc import restart_without_thread_cache
+from strop.native.malloc import restart_for_large_blocks
 
 RESULTS = ROOT / "benchmarks" / "results" / "forecast.json"
 NUM_STEPS = 3
@@ -286,5 +286,5 @@ Tokenizer.load(source).save(target)
 
 
 if __name__ == "__main__":
-    restart_without_thread_cache()
+    restart_for_large_blocks()
     sys.exit(main())

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import work
-from strop.native.malloc import restart_without_thread_cache
+from strop.native.malloc import restart_for_large_blocks
 
 
 def generation(job: work.Job, model_folder: str) -> None:
@@ -200,5 +200,5 @@ def main(job_name: str, model_folder: str, dtype: str = "auto") -> None:
 
 
 if __name__ == "__main__":
-    restart_without_thread_cache()
+    restart_for_large_blocks()
     main(*sys.argv[1:])

@@ -26,7 +26,7 @@ from strop.models import ModelConfig, compute_in, init_model
 from strop.models.decoder import Decoder
 from strop.models.footprint import layer_matrices, num_parameters, training_flops
 from strop.models.logprobs import packed_logprobs
-from strop.native.malloc import restart_without_thread_cache
+from strop.native.malloc import restart_for_large_blocks
 from strop.stages.forecast_probe import best_seconds
 from strop.types import PackedBatch, SamplingParams, Segment
 
@@ -218,5 +218,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    restart_without_thread_cache()
+    restart_for_large_blocks()
     sys.exit(main())

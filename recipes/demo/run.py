@@ -33,7 +33,7 @@ from strop.cli import pipeline
 from strop.cli.config import build, merge_tables, read_toml, read_values, to_toml
 from strop.cli.pipeline import Entry, Plan, read_plans
 from strop.models.smollm2 import get_smollm2
-from strop.native.malloc import restart_without_thread_cache
+from strop.native.malloc import restart_for_large_blocks
 from strop.runs import RunFolder, read_lines
 from strop.runs.report import HeldOut, clock, estimate_text, training_seconds, write_report
 
@@ -285,5 +285,5 @@ def show(results: Sequence[Result], failures: dict[str, Exception], arguments: A
 
 
 if __name__ == "__main__":
-    restart_without_thread_cache()
+    restart_for_large_blocks()
     sys.exit(main(sys.argv[1:]))

@@ -84,9 +84,9 @@ INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 could not go on (disk full, diverged ...), 2 bad input, 130 Ctrl-C; 143 SIGTERM."""
     if argv is None and sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        from strop.native.malloc import restart_without_thread_cache
+        from strop.native.malloc import restart_for_large_blocks
 
-        restart_without_thread_cache()
+        restart_for_large_blocks()
     try:
         status = dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

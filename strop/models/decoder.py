@@ -257,6 +257,7 @@ class Decoder(nn.Module):
         """config.json and generation_config.json of the folder that it was loaded from, kept for the next one."""
         self.source_generation_config: dict[str, Any] | None = None
         self._native: NativeDecode | None = None
+        self._native_room: Tensor | None = None
         self.adapter: AdapterOrigin | None = None
         """Where the LoRA adapter in its Linears belongs (adapters.py); None without one."""
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -359,9 +360,12 @@ class Decoder(nn.Module):
         """
         if can_decode(self):
             try:
-                self._native = NativeDecode(self)
+                self._native = NativeDecode(self, self._native_room)
                 yield
             finally:
+                # Fresh memory costs as much as filling it; a model in training has a use for that of its own.
+                is_frozen = not any(parameter.requires_grad for parameter in self.parameters())
+                self._native_room = self._native.room if self._native is not None and is_frozen else None
                 self._native = None
             return
         linears = [module for module in self.modules() if isinstance(module, Linear)]

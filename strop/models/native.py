@@ -39,7 +39,8 @@ class _Shape(ctypes.Structure):
 class NativeDecode:
     """A decoder's weights, arranged for the C++ decode step: a second copy, as of now."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, room: Tensor | None = None) -> None:
+        """room is that of a NativeDecode of before, to be used again where it is large enough."""
         assert can_decode(model)
         config = model.config
         kernels = library()
@@ -60,9 +61,12 @@ class NativeDecode:
         weights += [model.lm_head_weight] if has_head else []
         self._suffix = "8" if products.are_in_int8() else ""
         # One block for all: the system takes all of it back at once, and can map it in large pages.
-        self._unused = torch.empty(_ALIGNMENT + sum(map(self._packed_bytes, weights)), dtype=torch.uint8)
-        self._unused = self._unused[-self._unused.data_ptr() % _ALIGNMENT :]
-        kernels.strop_use_large_pages(ctypes.c_void_p(self._unused.data_ptr()), ctypes.c_int64(self._unused.nbytes))
+        num_bytes = _ALIGNMENT + sum(map(self._packed_bytes, weights))
+        if room is None or room.nbytes < num_bytes:
+            room = torch.empty(num_bytes, dtype=torch.uint8)
+            kernels.strop_use_large_pages(ctypes.c_void_p(room.data_ptr()), ctypes.c_int64(num_bytes))
+        self.room = room
+        self._unused = room[-room.data_ptr() % _ALIGNMENT :]
         self._tensors: list[Tensor] = []  # what the pointers point to
         self._layers = (_Layer * config.num_layers)(
             *(self._layer(layer.attention, layer.mlp) for layer in model.layers)
@@ -165,10 +169,10 @@ def check_int8(model: Any) -> None:
         return
     if not isinstance(model, Decoder):
         raise ValueError('dtype="int8" is not supported for models that run through transformers: use "bfloat16"')
-    if not can_decode(model):
+    if not can_decode(model) or model.config.intermediate_size % _GROUP:
         raise ValueError(
-            'dtype="int8" needs hidden_size, head_dim and the width of all queries, keys and values to be multiples of '
-            f'{_GROUP}, and intermediate_size of {_LANES}: use "bfloat16"'
+            'dtype="int8" needs hidden_size, intermediate_size, head_dim and the width of all queries, keys and values '
+            f'to be multiples of {_GROUP}: use "bfloat16"'
         )
 
 

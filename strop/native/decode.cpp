@@ -21,32 +21,37 @@
 
 namespace {
 
-// Rows cut into the fewest tiles of equal height.
+// Rows cut into the fewest tiles: some of them tall, the others one row less.
 struct Tiles {
-    int tile = 0, count = 0;
-    void shape(int64_t rows, int highest) {
-        count = (rows + highest - 1) / highest;
-        tile = (rows + count - 1) / count;
+    int height, count, num_tall;
+    Tiles(int64_t rows, int highest) {
+        count = int((rows + highest - 1) / highest);
+        height = int((rows + count - 1) / count);
+        num_tall = int(rows - int64_t(count) * (height - 1));
+    }
+    int64_t first(int tile) const { return int64_t(tile) * height - std::max(0, tile - num_tall); }
+    int rows(int tile) const { return tile < num_tall ? height : height - 1; }
+    int of(int64_t row) const {
+        const int64_t tall = int64_t(num_tall) * height;
+        return int(row < tall ? row / height : num_tall + (row - tall) / (height - 1));
     }
 };
 
-// The inputs of a product in the order in which it reads them: blocks of `tile` rows; inside a block, pair after pair of
-// inputs, and for each pair the rows side by side. Rows that pad the last block are zero.
+// The inputs of a product in the order in which it reads them: tile by tile; inside a tile, pair after pair of inputs,
+// and for each pair the rows side by side.
 struct Inputs {
     using Weights = bf16;
     Tiles tiles;
     int64_t num_pairs = 0;
     std::vector<uint32_t> pairs;
 
-    Inputs(int64_t rows, int64_t width) : num_pairs(width / 2) {
-        tiles.shape(rows, MAX_TILE_ROWS);
-        pairs.assign(size_t(tiles.count) * tiles.tile * num_pairs, 0);
-    }
+    Inputs(int64_t rows, int64_t width) : tiles(rows, MAX_TILE_ROWS), num_pairs(width / 2), pairs(rows * num_pairs) {}
     // COUNT words of two inputs of one row, starting at input `column`.
     template <int COUNT>
     void put(int64_t row, int64_t column, const uint32_t* values) {
-        uint32_t* target = pairs.data() + (row / tiles.tile) * tiles.tile * num_pairs + row % tiles.tile + column / 2 * tiles.tile;
-        for (int i = 0; i < COUNT; i++) target[i * tiles.tile] = values[i];
+        const int tile = tiles.of(row), height = tiles.rows(tile);
+        uint32_t* target = pairs.data() + tiles.first(tile) * num_pairs + row - tiles.first(tile) + column / 2 * height;
+        for (int i = 0; i < COUNT; i++) target[i * height] = values[i];
     }
     static constexpr bool IS_ARRANGED_BY_ROW = false;
     void arrange(int64_t) {}
@@ -56,7 +61,7 @@ struct Inputs {
     static void pack(const bf16* weight, int64_t second, int64_t width, bf16* panel) { pack_panel(weight, second, width, (uint32_t*)panel); }
     template <int ROWS>
     void multiply(const bf16* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        product_tile<ROWS>(pairs.data() + number * ROWS * num_pairs, (const uint32_t*)panel, num_pairs, sums);
+        product_tile<ROWS>(pairs.data() + tiles.first(number) * num_pairs, (const uint32_t*)panel, num_pairs, sums);
     }
 };
 
@@ -68,10 +73,9 @@ struct Inputs8 {
     std::vector<bf16> rows;
     std::vector<uint32_t> words;
 
-    Inputs8(int64_t num_rows, int64_t width) : width(width), blocks(num_blocks(width)), rows(num_rows * width) {
-        tiles.shape(num_rows, MAX_TILE_ROWS_8);
-        words.assign(tiles.count * blocks * tile_block_words(tiles.tile), 0);
-    }
+    Inputs8(int64_t num_rows, int64_t width)
+        : tiles(num_rows, MAX_TILE_ROWS_8), width(width), blocks(num_blocks(width)), rows(num_rows * width),
+          words(num_rows * blocks * tile_block_words(1)) {}
     template <int COUNT>
     void put(int64_t row, int64_t column, const uint32_t* values) {
         std::memcpy(rows.data() + row * width + column, values, COUNT * sizeof(uint32_t));
@@ -79,8 +83,8 @@ struct Inputs8 {
     static constexpr bool IS_ARRANGED_BY_ROW = true;
     // After the last put of a row.
     void arrange(int64_t row) {
-        const int height = tiles.tile;
-        uint32_t* target = words.data() + row / height * blocks * tile_block_words(height) + row % height;
+        const int tile = tiles.of(row), height = tiles.rows(tile);
+        uint32_t* target = words.data() + blocks * tile_block_words(tiles.first(tile)) + row - tiles.first(tile);
         for (int64_t block = 0; block < blocks; block++, target += tile_block_words(height)) {
             alignas(64) uint32_t quads[QUADS];
             float scale;
@@ -96,7 +100,7 @@ struct Inputs8 {
     }
     template <int ROWS>
     void multiply(const ColumnBlock* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        const uint32_t* tile = words.data() + number * blocks * tile_block_words(ROWS);
+        const uint32_t* tile = words.data() + blocks * tile_block_words(tiles.first(number));
         // With one tile what is needed next comes from memory all the time; with several the first ones ask for the next panel.
         if (tiles.count == 1) return product_tile_8<ROWS, 2>(tile, panel, width, (const char*)panel + 8192, sums);
         const char* next = (const char*)(panel + blocks);
@@ -106,29 +110,34 @@ struct Inputs8 {
     }
 };
 
+template <int ROWS, typename In, typename Finish>
+inline void product_tile_rows(const In& input, const typename In::Weights* panel, int tile, int64_t group, Finish&& finish) {
+    __m512 sums[ROWS][2];
+    input.template multiply<ROWS>(panel, tile, sums);
+    for (int r = 0; r < ROWS; r++) finish(input.tiles.first(tile) + r, group, sums[r][0], sums[r][1]);
+}
+
 // This thread's share of inputs * weights^T. `finish(row, group, left, right)` takes 16 + 16 output columns.
 template <int ROWS, typename In, typename Finish>
-void product_rows(const In& input, const typename In::Weights* weights, int64_t panel_size, int64_t num_groups, int64_t num_rows, Finish&& finish) {
+void product_rows(const In& input, const typename In::Weights* weights, int64_t panel_size, int64_t num_groups, Finish&& finish) {
     const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
     for (int64_t group = num_groups * thread / num_threads; group < num_groups * (thread + 1) / num_threads; group++) {
-        for (int tile = 0; tile < input.tiles.count; tile++) {
-            __m512 sums[ROWS][2];
-            input.template multiply<ROWS>(weights + group * panel_size, tile, sums);
-            const int used = std::min<int64_t>(ROWS, num_rows - int64_t(tile) * ROWS);
-            for (int r = 0; r < used; r++) finish(int64_t(tile) * ROWS + r, group, sums[r][0], sums[r][1]);
-        }
+        const auto* panel = weights + group * panel_size;
+        for (int tile = 0; tile < input.tiles.num_tall; tile++) product_tile_rows<ROWS>(input, panel, tile, group, finish);
+        if constexpr (ROWS > 1)
+            for (int tile = input.tiles.num_tall; tile < input.tiles.count; tile++) product_tile_rows<ROWS - 1>(input, panel, tile, group, finish);
     }
 }
 
 template <typename In, typename Finish>
-void product(const In& input, const typename In::Weights* weights, int64_t width, int64_t num_groups, int64_t num_rows, Finish&& finish) {
+void product(const In& input, const typename In::Weights* weights, int64_t width, int64_t num_groups, Finish&& finish) {
     const int64_t size = In::panel_size(width);
-    switch (input.tiles.tile) {
-#define ROWS_CASE(n)     case n: return product_rows<n>(input, weights, size, num_groups, num_rows, finish)
+    switch (input.tiles.height) {
+#define ROWS_CASE(n)     case n: return product_rows<n>(input, weights, size, num_groups, finish)
         ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
         default: break;
     }
-    if constexpr (!In::IS_ARRANGED_BY_ROW) switch (input.tiles.tile) {
+    if constexpr (!In::IS_ARRANGED_BY_ROW) switch (input.tiles.height) {
         ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
 #undef ROWS_CASE
     }
@@ -322,7 +331,7 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
     for (int64_t l = 0; l < shape->num_layers; l++) {
         const Layer& layer = layers[l];
         norm_rows(layer.attention_norm);
-        product(normed_input, (Weights)layer.qkv, D, qkv_width / GROUP, S, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
+        product(normed_input, (Weights)layer.qkv, D, qkv_width / GROUP, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
             bf16* target = qkv.data() + row * qkv_width + group * GROUP;
             store16(target, plus_bias(left, layer.qkv_bias, group * GROUP));
             store16(target + LANES, plus_bias(right, layer.qkv_bias, group * GROUP + LANES));
@@ -355,10 +364,10 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
             }
         }
         arrange_rows(attended);
-        product(attended, (Weights)layer.output, N * H, D / GROUP, S, add_to_stream(layer.output_bias));
+        product(attended, (Weights)layer.output, N * H, D / GROUP, add_to_stream(layer.output_bias));
 #pragma omp barrier
         norm_rows(layer.mlp_norm);
-        product(normed_input, (Weights)layer.gate_up, D, I / LANES, S, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
+        product(normed_input, (Weights)layer.gate_up, D, I / LANES, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
             gate = plus_bias(gate, layer.gate_up_bias, group * LANES);
             up = plus_bias(up, layer.gate_up_bias ? layer.gate_up_bias + I : nullptr, group * LANES);
             const __m512 silu = _mm512_mul_ps(gate, sigmoid16(gate));
@@ -368,7 +377,7 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
         });
 #pragma omp barrier
         arrange_rows(gated);
-        product(gated, (Weights)layer.down, I, D / GROUP, S, add_to_stream(layer.down_bias));
+        product(gated, (Weights)layer.down, I, D / GROUP, add_to_stream(layer.down_bias));
 #pragma omp barrier
     }
 #pragma omp parallel for num_threads(num_threads) schedule(static)
@@ -390,7 +399,7 @@ void packed_product(const bf16* input, const typename In::Weights* weights, bf16
             for (int64_t i = 0; i < width; i += GROUP) put_register(inputs, row, i, _mm512_loadu_si512(input + row * width + i));
             inputs.arrange(row);
         }
-        product(inputs, weights, width, num_groups, num_rows, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
+        product(inputs, weights, width, num_groups, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
             _mm512_storeu_si512(output + (row * num_groups + group) * GROUP, both_as_bf16(left, right));
         });
     }

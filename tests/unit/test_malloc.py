@@ -8,18 +8,18 @@ import pytest
 
 from strop.cli.main import main
 from strop.native import malloc
-from strop.native.malloc import without_thread_cache
+from strop.native.malloc import for_large_blocks
 
-SETTING = "glibc.malloc.tcache_count=0"
+SETTING = "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
 PROGRAM = """
 import os, sys
-from strop.native.malloc import restart_without_thread_cache
+from strop.native.malloc import restart_for_large_blocks
 
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES", "-"), *sys.argv[1:], flush=True)
-restart_without_thread_cache()
+restart_for_large_blocks()
 """
 
-glibc_only = pytest.mark.skipif(without_thread_cache({}) == {}, reason="another C library has another allocator")
+glibc_only = pytest.mark.skipif(for_large_blocks({}) == {}, reason="another C library has another allocator")
 
 
 def printed(tunables: str | None) -> list[list[str]]:
@@ -39,12 +39,15 @@ def test_the_process_starts_again_once() -> None:
 
 
 @glibc_only
-def test_other_settings_are_kept_and_this_one_is_respected() -> None:
+def test_other_settings_are_kept_and_these_are_respected() -> None:
     assert [line[1] for line in printed("glibc.malloc.arena_max=2")] == [
         "glibc.malloc.arena_max=2",
         f"glibc.malloc.arena_max=2:{SETTING}",
     ]
-    assert [line[1] for line in printed("glibc.malloc.tcache_count=7")] == ["glibc.malloc.tcache_count=7"]
+    settled = "glibc.malloc.tcache_count=7"
+    assert [line[1] for line in printed(settled)] == [settled, f"{settled}:glibc.malloc.hugetlb=1"]
+    settled += ":glibc.malloc.hugetlb=0"
+    assert [line[1] for line in printed(settled)] == [settled]
 
 
 @glibc_only
@@ -63,7 +66,7 @@ for block in run:
     libc.free(block)
 print(libc.malloc(2000) in run)
 """
-    for environment, is_joined in ((os.environ | {"GLIBC_TUNABLES": ""}, False), (without_thread_cache({}), True)):
+    for environment, is_joined in ((os.environ | {"GLIBC_TUNABLES": ""}, False), (for_large_blocks({}), True)):
         command = [sys.executable, "-I", "-c", program]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
         assert done.stdout.strip() == str(is_joined)
@@ -74,7 +77,7 @@ def test_commands_restart_and_help_does_not(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], is_restarted: bool
 ) -> None:
     restarts: list[bool] = []
-    monkeypatch.setattr(malloc, "restart_without_thread_cache", lambda: restarts.append(True))
+    monkeypatch.setattr(malloc, "restart_for_large_blocks", lambda: restarts.append(True))
     monkeypatch.setattr(sys, "argv", ["strop", *arguments])
     main()
     assert restarts == [True] * is_restarted

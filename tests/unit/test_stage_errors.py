@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ import pytest
 import torch
 
 from strop.cli.main import main
+from strop.native.build import why_unavailable
+from strop.native.products import set_int8
 from strop.runs import RunFolder, load_training_state, read_lines
 
 PRETRAIN = """
@@ -512,3 +515,29 @@ def test_the_measured_dtype_is_settled_once(
     assert (info["dtype"], info["dtype_gflops"]) == ("bfloat16", "float32 90, bfloat16 400")
     config = json.loads(Path("runs/sft/checkpoints/step-000002/config.json").read_text())
     assert config["dtype"] == "bfloat16"
+
+
+def test_int8_is_refused_for_a_model_that_cannot_and_kept_by_a_run_that_can(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = why_unavailable()
+    if reason is not None and not reason.startswith("there is no C++ compiler"):
+        pytest.skip(reason)  # another processor; a missing compiler is a failure
+    change("pretrain.toml", 'dtype = "float32"\n', 'dtype = "int8"\n')
+    error = refused(capsys, "pretrain", "pretrain.toml")
+    assert 'dtype="int8" needs hidden_size' in error and 'use "bfloat16"' in error
+    wide = ["--model.hidden-size", "64", "--model.num-heads", "2", "--model.num-kv-heads", "1"]
+    wide += ["--model.intermediate-size", "96"]
+    try:
+        assert main(["pretrain", "pretrain.toml", *wide]) == 0
+        assert "compute dtype int8" in capsys.readouterr().out.splitlines()
+        assert RunFolder.open("runs", "pretrain").info["dtype"] == "int8"
+        shutil.rmtree("runs/pretrain/checkpoints")  # as if killed before the first one
+        assert main(["pretrain", "pretrain.toml", *wide, "--resume"]) == 0
+        assert "compute dtype int8" in capsys.readouterr().out.splitlines()
+        losses = [line["loss"] for line in read_lines(Path("runs/pretrain/metrics.jsonl"))]
+        assert losses and all(math.isfinite(loss) for loss in losses)
+        assert main(["generate", "pretrain", "--prompt", "the", "--dtype", "int8", "--max-new-tokens", "2"]) == 0
+        assert ": int8, weights" in capsys.readouterr().err
+    finally:
+        set_int8(False)
