@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 ENGINE_GAP_ALARM = 1.05
-"""Mean of exp(|engine's logprob - trainer's|) per token from which a run warns; 1.02 is usual in bfloat16."""
+"""Mean of exp(|engine's logprob - trainer's|) per token from which a run warns. 1 where both have the same kernels,
+1.04 in bfloat16 where they have not."""
 
 
 class Averages:
