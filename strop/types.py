@@ -134,6 +134,8 @@ class Completion:
     """Without stop tokens, cut before a stop string."""
     token_logprobs: tuple[TokenLogprobs, ...] = ()
     """One per token where SamplingParams.top_logprobs asks for them. Not what it was sampled from: see there."""
+    recorded_rows: tuple[int, ...] = ()
+    """Where the Recording that Engine.generate was given has the prompt's tokens and these, but for the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,8 @@ class PackedBatch:
     """bool, shape (T,): True = this label counts."""
     segments: Sequence[Segment]
     """In packed order; their lengths add up to T."""
+    recorded_rows_T: Tensor | None = None
+    """int64, shape (T,): where a rollout's Recording has each token."""
 
     def position_ids_T(self) -> Tensor:
         """int64, shape (T,): each token's position inside its own document (or trunk + branch)."""
@@ -210,4 +214,5 @@ class PackedBatch:
             labels_T=self.labels_T.to(device),
             loss_mask_T=self.loss_mask_T.to(device),
             segments=self.segments,
+            recorded_rows_T=None if self.recorded_rows_T is None else self.recorded_rows_T.to(device),
         )

@@ -22,6 +22,10 @@ def grpo(config: Any, runs_dir: Path) -> Workload:
     is_kl_reward = config.kl_coef != 0 and config.kl_placement == "reward"
     passes = int(config.updates_share_a_rollout or is_kl_reward) + int(config.kl_coef != 0)
     work = _reinforced(config, runs_dir, frozen_passes=passes)
+    model = work.learner.model
+    can_record = config.lora is None and config.gradient_checkpointing != "all" and not model.qk_norm
+    if config.reuse_rollout and can_record and not work.accumulates:
+        work = dataclasses.replace(work, recorded_tokens=work.tokens_per_update)
     if config.dynamic_sampling:
         rounds = "dynamic_sampling finds no flat group: every further round costs one more rollout"
         work = dataclasses.replace(work, assumptions=(rounds, *work.assumptions))
@@ -34,7 +38,7 @@ def ttrl(config: Any, runs_dir: Path) -> Workload:
     assert planned.rollout is not None
     held_out = config.held_out.num_prompts * config.held_out.num_samples
     rollout = dataclasses.replace(planned.rollout, group_size=config.num_votes, eval_samples=held_out)
-    return dataclasses.replace(planned, rollout=rollout)
+    return dataclasses.replace(planned, rollout=rollout, recorded_tokens=0)
 
 
 def ppo(config: Any, runs_dir: Path) -> Workload:

@@ -11,6 +11,7 @@ import torch
 from strop.generation.run import EngineStats, Run, RunFinished, RunToken
 from strop.generation.sampler import Sampler
 from strop.models.interface import Cache, CausalLM
+from strop.models.recording import Recording
 from strop.native.freed_memory import give_back_freed_memory
 from strop.tokenizer import Tokenizer
 from strop.types import Completion, Request, TokenLogprobs
@@ -65,10 +66,12 @@ class Engine:
         *,
         on_finished: OnFinished | None = None,
         on_token: OnToken | None = None,
+        recording: Recording | None = None,
     ) -> list[list[Completion]]:
         """The completions of every request: result[request_index][sample_index].
 
         on_finished is called as soon as a completion ends, in no fixed order; on_token for every token when sampled.
+        recording (models/recording.py) takes the model's activations, for the training step that follows.
 
         Raises ValueError before any work, naming the request, for a prompt that is empty, not of this vocabulary, or
         too long for max_new_tokens to follow, and for sampling parameters out of range. Raises FloatingPointError when
@@ -98,11 +101,15 @@ class Engine:
             max_length=max(len(request.prompt_ids) + request.sampling.max_new_tokens - 1 for request in requests),
             on_finished=finished,
             on_token=sampled if on_token is not None else None,
+            recording=recording,
         )
         run.add(enumerate(requests))
-        with self.model.decoding(run.max_rows):
-            while run.is_unfinished:
-                run.step()
+        try:
+            with self.model.decoding(run.max_rows):
+                while run.is_unfinished:
+                    run.step()
+        finally:
+            run.close()
         self.stats.total_seconds = time.perf_counter() - started
         return [[completion for completion in group if completion is not None] for group in groups]
 
@@ -188,11 +195,13 @@ class Engine:
         on_finished: RunFinished,
         on_token: RunToken | None,
         max_prefill: int | None = None,
+        recording: Recording | None = None,
     ) -> Run:
         return Run(
             self.model,
             self.tokenizer,
             cache=self.cache_for(num_slots=num_slots + num_prompts, max_length=max_length),
+            recording=recording,
             num_slots=num_slots,
             num_prompts=num_prompts,
             sampler=self.sampler,

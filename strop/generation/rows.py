@@ -38,6 +38,8 @@ class RunningSample:
     request: Request
     watch: StopWatch | None
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    recorded_rows: list[int] = field(default_factory=list)
+    """Of the tokens that the model has run, the prompt's first."""
 
 
 class Rows:
@@ -124,6 +126,7 @@ class Rows:
             finish_reason=finish_reason,
             text=text[: min(cuts, default=len(text))],
             token_logprobs=tuple(sample.token_logprobs),
+            recorded_rows=tuple(sample.recorded_rows),
         )
         self.drop(row)
         return sample, completion

@@ -14,7 +14,9 @@ from torch import Tensor
 from strop.generation.rows import Rows
 from strop.generation.sampler import RowParams, Sampler, adjusted_logits
 from strop.generation.scoring import token_logprobs
+from strop.models.cache import KVCache
 from strop.models.interface import Cache, CausalLM
+from strop.models.recording import Recording
 from strop.tokenizer import Tokenizer
 from strop.types import Completion, Request, TokenLogprobs
 
@@ -42,6 +44,16 @@ class EngineStats:
     sample_seconds: float = 0.0
     """LM head, sampler, and waiting for their result."""
     total_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """One that is prefilled."""
+
+    slot: int
+    """Of the cache."""
+    hidden_1D: Tensor
+    recorded_rows: range
 
 
 class Run:
@@ -73,8 +85,10 @@ class Run:
         on_finished: RunFinished,
         on_token: RunToken | None,
         max_prefill: int | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self._model = model
+        self._recording = recording
         self._cache = cache
         self._sampler = sampler
         self._stats = stats
@@ -83,7 +97,7 @@ class Run:
         self._requests: dict[Hashable, Request] = {}  # of which some sample waits
         self._waiting: deque[tuple[Hashable, int]] = deque()
         self._prompt_slots = range(num_slots, num_slots + num_prompts)
-        self._prompts: dict[Hashable, tuple[int, Tensor]] = {}  # key -> cache slot, hidden state (1, D)
+        self._prompts: dict[Hashable, _Prompt] = {}
         self._max_prefill = max_prefill
         self._partial: tuple[Hashable, int] | None = None  # the prompt in the first prompt slot that is not all there
         self._rows = Rows(tokenizer, num_slots)
@@ -128,6 +142,12 @@ class Run:
                 self._free(row)
         return num_before - len(self._waiting) - self._rows.num_rows
 
+    def close(self) -> None:
+        """The cache, which others may use, records nothing any more."""
+        if self._recording is not None:
+            assert isinstance(self._cache, KVCache)
+            self._cache.recording = None
+
     def step(self) -> None:
         """Every running sample gets its next token; waiting ones start in the free slots with their first, once their
         prompt is there.
@@ -146,6 +166,8 @@ class Run:
             return
         started = time.perf_counter()
         tokens_S = torch.from_numpy(self._rows.last_tokens()).to(self._model.device)
+        for sample, row in zip(self._rows.samples, self._recorded(self._rows.num_rows), strict=False):
+            sample.recorded_rows.append(row)
         self._hidden.append(self._model.decode_step(tokens_S, self._cache))
         self._stats.decode_steps += 1
         self._stats.decode_tokens += self._rows.num_rows
@@ -165,10 +187,11 @@ class Run:
                 if key not in self._prompts:
                     break
             self._waiting.popleft()
-            slot, prompt_hidden_1D = self._prompts[key]
+            prompt = self._prompts[key]
             request = self._requests[key]
-            self._cache.move(slot, self._rows.start(key, sample_index, request))
-            self._hidden.append(prompt_hidden_1D)
+            self._cache.move(prompt.slot, self._rows.start(key, sample_index, request))
+            self._rows.samples[-1].recorded_rows.extend(prompt.recorded_rows)
+            self._hidden.append(prompt.hidden_1D)
             self._params = None
             if sample_index == request.num_samples - 1:
                 del self._requests[key]
@@ -209,6 +232,15 @@ class Run:
                 row.token_logprobs.append(report)
         return reports
 
+    def _recorded(self, num_tokens: int) -> range:
+        """The rows of the recording for what the model runs next; none without a recording, or once it is full."""
+        if self._recording is None:
+            return range(0)
+        assert isinstance(self._cache, KVCache)
+        rows = self._recording.claim(num_tokens)
+        self._cache.recording = self._recording if rows else None
+        return rows
+
     def _free(self, row: int) -> None:
         """What Rows.drop has done to a row, done to its cache slot."""
         self._cache.move(self._rows.num_rows, row)
@@ -220,7 +252,7 @@ class Run:
             self._partial = None
             self._cache.lengths_S[self._prompt_slots.start] = 0
         if key in self._prompts:
-            slot, _ = self._prompts.pop(key)
+            slot = self._prompts.pop(key).slot
             self._cache.lengths_S[slot] = 0  # no sample needs it any more: a long prompt must not keep decode wide
 
     def _num_done(self, key: Hashable) -> int:
@@ -253,13 +285,17 @@ class Run:
         slots = self._prompt_slots[: len(pieces)]
         starts = [self._num_done(key) for key in pieces]
         self._cache.lengths_S[self._prompt_slots.start + (starts[0] > 0) :] = 0
+        recorded_rows = self._recorded(num_tokens)
         hidden_PD = self._model.prefill(list(pieces.values()), self._cache, slots, starts)
         self._partial = None
+        place_in_all = 0
         for place, (key, piece) in enumerate(pieces.items()):
             num_done = starts[place] + len(piece)
             if num_done == len(self._requests[key].prompt_ids):
-                self._prompts[key] = (slots[place], hidden_PD[place : place + 1])
+                rows = recorded_rows[place_in_all : place_in_all + len(piece)]
+                self._prompts[key] = _Prompt(slots[place], hidden_PD[place : place + 1], rows)
             else:
                 self._partial = (key, num_done)
+            place_in_all += len(piece)
         self._stats.prefill_tokens += num_tokens
         return num_tokens

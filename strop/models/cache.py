@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from strop.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from strop.models.recording import Recording
 
 BLOCK = 32
 """Positions per growth step; whole vector registers for the softmax over them."""
@@ -27,6 +32,8 @@ class KVCache:
         self, config: ModelConfig, *, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.max_length = max_length
+        self.recording: Recording | None = None
+        """Where the model's activations go as well, of the rows that the engine has claimed for a step."""
         self._shape = (config.num_layers, num_slots, config.num_kv_heads, config.head_dim)
         row = num_slots * config.num_kv_heads * _round_up(max_length) * config.head_dim
         self._storage = [torch.empty(config.num_layers, row, dtype=dtype, device=device) for _ in range(2)]

@@ -22,6 +22,7 @@ from strop.models.checkpointing import Checkpointing, recomputed
 from strop.models.config import ModelConfig, RopeScaling
 from strop.models.footprint import num_recomputed
 from strop.models.fused import (
+    Known,
     Linear,
     can_pack,
     norm_linear,
@@ -31,7 +32,7 @@ from strop.models.fused import (
     tied_embedding,
 )
 from strop.models.interface import Cache
-from strop.models.kernel_attention import has_kernels
+from strop.models.kernel_attention import has_kernels, kernel_attention_linear
 from strop.models.native import NativeDecode, can_decode, check_int8
 from strop.native.freed_memory import give_back_freed_memory
 from strop.native.kernels import rotate_
@@ -39,6 +40,7 @@ from strop.types import PackedBatch, Segment
 
 if TYPE_CHECKING:
     from strop.models.adapters import AdapterOrigin
+    from strop.models.recording import RecordedLayer, Recording
 
 
 _LARGE = 1 << 24
@@ -90,10 +92,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def project(self, x_TD: Tensor) -> Tensor:
+    def project(self, x_TD: Tensor, known: Known | None = None) -> Tensor:
         """Queries, keys and values side by side, not yet rotated, (T, N + 2 K, H)."""
         norm, qkv = self.norm, self.qkv
-        projected = norm_linear(x_TD, norm.weight, qkv.weight, qkv.bias, norm.eps, qkv.lora())
+        projected = norm_linear(x_TD, norm.weight, qkv.weight, qkv.bias, norm.eps, qkv.lora(), known)
         return projected.view(x_TD.shape[0], -1, self.head_dim)
 
     def _rotated_(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -117,9 +119,15 @@ class Attention(nn.Module):
         q, k, v = self._split(qkv)
         return torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1)
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        qkv, output = self._normed_heads(self.project(x_TD)), self.output
-        options = (qkv, rope if self.has_rope else None, self.num_kv_heads, self.scale)
+    def forward(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, recorded: RecordedLayer | None = None
+    ) -> Tensor:
+        output, own_rope = self.output, rope if self.has_rope else None
+        if recorded is not None:
+            qkv = self.project(x_TD, Known(recorded.projection_TE))
+            options = (qkv, own_rope, self.num_kv_heads, plan, self.scale, output.weight, output.bias)
+            return kernel_attention_linear(*options, Known(recorded.attended_TD))
+        options = (self._normed_heads(self.project(x_TD)), own_rope, self.num_kv_heads, self.scale)
         if output.adapter is None:
             return plan.attend_linear_(*options, output.weight, output.bias)
         return output(plan.attend_projected_(*options).flatten(1))
@@ -131,6 +139,8 @@ class Attention(nn.Module):
         q, k, v = self._split(qkv)
         for piece in pieces:
             cache.write(self.layer, piece.slot, k[piece.rows], v[piece.rows], piece.start)
+        if cache.recording is not None:
+            cache.recording.write(self.layer, projection=qkv.flatten(1))
         if plan.num_tokens == x_TD.shape[0]:
             return self.output(plan.attend_projected_(qkv, None, self.num_kv_heads, self.scale).flatten(1))
         # Before each piece, the keys and values of its prompt that the cache has already; no query looks from there.
@@ -172,11 +182,12 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, recorded: RecordedLayer | None = None) -> Tensor:
         fused = self.gate_up
-        if self.is_recomputed and fused.adapter is None and self.down.adapter is None:
+        is_recomputed = self.is_recomputed or recorded is not None
+        if is_recomputed and fused.adapter is None and self.down.adapter is None:
             weights = (self.norm.weight, fused.weight, fused.bias, self.down.weight, self.down.bias)
-            return recomputed_mlp(x_TD, *weights, self.norm.eps)
+            return recomputed_mlp(x_TD, *weights, self.norm.eps, None if recorded is None else Known(recorded.mlp_TD))
         gate_up = norm_linear(x_TD, self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
         return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora())
 
@@ -196,15 +207,19 @@ class Layer(nn.Module):
         self.is_recomputed = False
         """Whether all of it is computed again in the backward pass; Decoder.set_checkpointing decides."""
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, recorded: RecordedLayer | None = None
+    ) -> Tensor:
         if self.is_recomputed:
             return recomputed(lambda x_TD: self._forward(x_TD, rope, plan), x_TD, list(self.parameters()))
-        return self._forward(x_TD, rope, plan)
+        return self._forward(x_TD, rope, plan, recorded)
 
-    def _forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+    def _forward(
+        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, recorded: RecordedLayer | None = None
+    ) -> Tensor:
         # In place: nobody else needs the two products, and two more tensors of this size would leave holes in the heap.
-        x_TD = self.attention(x_TD, rope, plan).add_(x_TD)
-        return self.mlp(x_TD).add_(x_TD)
+        x_TD = self.attention(x_TD, rope, plan, recorded).add_(x_TD)
+        return self.mlp(x_TD, recorded).add_(x_TD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,18 +310,26 @@ class Decoder(nn.Module):
         """Hidden states after the final norm, shape (T, D); the head turns position t into the law of labels_T[t]."""
         return self._hidden(self.embedding(batch.token_ids_T), batch)
 
-    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(hidden(batch), lm_head_weight), for a loss that uses both: tied weights then have one dense gradient."""
-        if self.head is not None:
-            return self.hidden(batch), self.head.weight
-        x_TD, head_VD = tied_embedding(batch.token_ids_T, self.embedding.weight)
-        return self._hidden(x_TD, batch), head_VD
+    def hidden_and_head(self, batch: PackedBatch, recording: Recording | None = None) -> tuple[Tensor, Tensor]:
+        """(hidden(batch), lm_head_weight), for a loss that uses both: tied weights then have one dense gradient.
 
-    def _hidden(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
+        recording: of the rollout that made the batch with the weights of now; the layers' results are taken from it.
+        """
+        if self.head is not None:
+            return self._hidden(self.embedding(batch.token_ids_T), batch, recording), self.head.weight
+        x_TD, head_VD = tied_embedding(batch.token_ids_T, self.embedding.weight)
+        return self._hidden(x_TD, batch, recording), head_VD
+
+    def _hidden(self, x_TD: Tensor, batch: PackedBatch, recording: Recording | None = None) -> Tensor:
         plan = AttentionPlan(batch.segments, dtype=self.dtype, device=self.device, keeps_output=self._keeps_attention)
         rope = self._rope(batch.position_ids_T())
-        for layer in self.layers:
-            x_TD = layer(x_TD, rope, plan)
+        if recording is None:
+            for layer in self.layers:
+                x_TD = layer(x_TD, rope, plan)
+        else:
+            assert batch.recorded_rows_T is not None
+            for layer, recorded in zip(self.layers, recording.layers(batch.recorded_rows_T), strict=True):
+                x_TD = layer(x_TD, rope, plan, recorded)
         is_on_cpu = x_TD.device.type == "cpu"
         if is_on_cpu and torch.is_grad_enabled() and x_TD.nbytes * self.config.num_layers > _LARGE:
             give_back_freed_memory()
@@ -343,9 +366,13 @@ class Decoder(nn.Module):
         plan = AttentionPlan(segments, dtype=self.dtype, device=self.device, only_branches=True)
         rope = self._rope(position_ids_T)
         x_TD = self.embedding(token_ids_T)
-        for layer in self.layers:
-            x_TD = x_TD + layer.attention.prefill(x_TD, rope, plan, cache, pieces)
-            x_TD = x_TD + layer.mlp(x_TD)
+        for index, layer in enumerate(self.layers):
+            attended_TD = layer.attention.prefill(x_TD, rope, plan, cache, pieces)
+            x_TD = x_TD + attended_TD
+            mlp_TD = layer.mlp(x_TD)
+            x_TD = x_TD + mlp_TD
+            if cache.recording is not None:
+                cache.recording.write(index, attended=attended_TD, mlp=mlp_TD)
         for piece in pieces:
             cache.lengths_S[piece.slot] = piece.end
         return self.final_norm(x_TD[torch.tensor([piece.rows.stop - 1 for piece in pieces], device=self.device)])

@@ -20,6 +20,7 @@ from strop.models.checkpointing import Checkpointing
 from strop.models.folders import MAX_SHARD_BYTES, TensorFolder, read_json, some, write_json
 from strop.models.interface import Cache
 from strop.models.loading import replace_weights, widest
+from strop.models.recording import Recording
 from strop.types import PackedBatch
 
 
@@ -99,7 +100,8 @@ class FallbackModel(nn.Module):
     def train(self, mode: bool = True) -> FallbackModel:
         return super().train(False)
 
-    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def hidden_and_head(self, batch: PackedBatch, recording: Recording | None = None) -> tuple[Tensor, Tensor]:
+        assert recording is None  # new_recording makes none
         return self.hidden(batch), self.lm_head_weight
 
     def set_checkpointing(self, what: Checkpointing) -> None:

@@ -63,6 +63,12 @@ def cache_bytes(config: ModelConfig, *, num_slots: int, length: int, bytes_per_n
     return num_slots * length * per_token
 
 
+def recorded_bytes(config: ModelConfig) -> int:
+    """What a Recording (recording.py) keeps of one token, in bfloat16."""
+    projection = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return 2 * config.num_layers * (projection + 2 * config.hidden_size)
+
+
 def _pairs(segment: Segment) -> int:
     own = segment.trunk * (segment.trunk + 1) // 2
     return own + sum(length * segment.trunk + length * (length + 1) // 2 for length in segment.branches)

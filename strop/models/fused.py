@@ -7,6 +7,7 @@ that has them, the kernels of strop.native round once where torch rounds after e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,14 @@ from strop.native.products import input_gradient, linear, weight_gradient
 
 if TYPE_CHECKING:
     from strop.models.lora import Adapter
+
+
+@dataclass(slots=True)
+class Known:
+    """A result that is there already: the operation that it is given to only prepares its backward pass."""
+
+    value: Tensor
+
 
 Lora = tuple[Tensor, Tensor]
 """(down_RD, up_ER): a low-rank addition to a product, x down^T up^T (lora.py)."""
@@ -54,12 +63,19 @@ def lora_linear(x_TD: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | 
 
 
 def norm_linear(
-    x_TD: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float, lora: Lora | None = None
+    x_TD: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    lora: Lora | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """lora_linear(rms_norm(x)), shape (T, E). Of its activations only x is kept, and x down^T."""
+    assert known is None or lora is None
     if not torch.is_grad_enabled():
-        return lora_linear(_normed(x_TD, norm_weight, eps), weight, bias, lora)
-    return _NormLinear.apply(x_TD, norm_weight, weight, bias, eps, *(lora or (None, None)))
+        return lora_linear(_normed(x_TD, norm_weight, eps), weight, bias, lora) if known is None else known.value
+    return _NormLinear.apply(x_TD, norm_weight, weight, bias, eps, *(lora or (None, None)), known)
 
 
 class Linear(nn.Linear):
@@ -130,15 +146,18 @@ def recomputed_mlp(
     down_weight: Tensor,
     down_bias: Tensor | None,
     eps: float,
+    known: Known | None = None,
 ) -> Tensor:
     """swiglu_linear(norm_linear(x)), shape (T, D), to the bit. Of its activations only x is kept; gate and up, several
     times as large, cost one product more in the backward pass."""
     if not torch.is_grad_enabled():
+        if known is not None:
+            return known.value
         return lora_linear(
             _gated(lora_linear(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias, None)),
             down_weight, down_bias, None,
         )  # fmt: skip
-    return _RecomputedMLP.apply(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight, down_bias, eps)
+    return _RecomputedMLP.apply(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight, down_bias, eps, known)
 
 
 class _TiedEmbedding(torch.autograd.Function):
@@ -178,10 +197,14 @@ class _NormLinear(torch.autograd.Function):
         eps: float,
         down_RD: Tensor | None,
         up_ER: Tensor | None,
+        known: Known | None,
     ) -> Tensor:
-        y_TE = _room_for_product(x_TD, weight)
-        normed_TD = _normed(x_TD, norm_weight, eps)
-        y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER, out=y_TE)
+        if known is None:
+            y_TE = _room_for_product(x_TD, weight)
+            normed_TD = _normed(x_TD, norm_weight, eps)
+            y_TE, inner_TR = _lora_forward(normed_TD, weight, bias, down_RD, up_ER, out=y_TE)
+        else:
+            y_TE, inner_TR = known.value, None
         ctx.save_for_backward(x_TD, norm_weight, weight, down_RD, up_ER, inner_TR)
         ctx.eps = eps
         return y_TE
@@ -190,7 +213,7 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight, weight, down_RD, up_ER, inner_TR = ctx.saved_tensors
-        needs_x, needs_norm, needs_weight, needs_bias, _, needs_down, _ = ctx.needs_input_grad
+        needs_x, needs_norm, needs_weight, needs_bias, _, needs_down, *_ = ctx.needs_input_grad
         dx = dnorm = normed_TD = None
         dweight = torch.empty_like(weight) if needs_weight else None  # first, as in _room_for_product
         if needs_weight or needs_down:
@@ -203,7 +226,7 @@ class _NormLinear(torch.autograd.Function):
             if dinner is not None:
                 dnormed.addmm_(dinner, down_RD)
             dx, dnorm = _rms_norm_gradients(dnormed, x_TD, norm_weight, ctx.eps)
-        return dx, dnorm, dweight, grad_TE.sum(0) if needs_bias else None, None, ddown, dup
+        return dx, dnorm, dweight, grad_TE.sum(0) if needs_bias else None, None, ddown, dup, None
 
 
 class _Linear(torch.autograd.Function):
@@ -376,9 +399,12 @@ class _RecomputedMLP(torch.autograd.Function):
         down_weight: Tensor,
         down_bias: Tensor | None,
         eps: float,
+        known: Known | None,
     ) -> Tensor:
         ctx.save_for_backward(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight)
         ctx.eps = eps
+        if known is not None:
+            return known.value
         y_TD = _room_for_product(x_TD, down_weight)
         gate_up_TI = _product(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias)
         return _product(_gated(gate_up_TI), down_weight, down_bias, out=y_TD)
@@ -387,7 +413,7 @@ class _RecomputedMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight = ctx.saved_tensors
-        _, _, needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias, _ = ctx.needs_input_grad
+        _, _, needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias, *_ = ctx.needs_input_grad
         ddown = torch.empty_like(down_weight) if needs_down else None
         dgate_up = torch.empty_like(gate_up_weight) if needs_gate_up else None
         normed_TD = _normed(x_TD, norm_weight, ctx.eps)
@@ -407,5 +433,6 @@ class _RecomputedMLP(torch.autograd.Function):
             dgate_up_TI.sum(0) if needs_gate_up_bias else None,
             ddown,
             grad_TD.sum(0) if needs_down_bias else None,
+            None,
             None,
         )

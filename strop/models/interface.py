@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from strop.models.checkpointing import Checkpointing
+from strop.models.recording import Recording
 from strop.types import PackedBatch
 
 
@@ -65,8 +66,8 @@ class CausalLM(Protocol):
 
     def hidden(self, batch: PackedBatch) -> Tensor: ...
 
-    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """(hidden, lm_head_weight) for one loss on both."""
+    def hidden_and_head(self, batch: PackedBatch, recording: Recording | None = None) -> tuple[Tensor, Tensor]:
+        """(hidden, lm_head_weight) for one loss on both. recording: only one that new_recording made for this model."""
         ...
 
     def set_checkpointing(self, what: Checkpointing) -> None:

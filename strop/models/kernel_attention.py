@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from strop.models.fused import Known
 from strop.native import kernels as native
 from strop.native.products import input_gradient, linear, weight_gradient
 
@@ -40,10 +41,14 @@ def kernel_attention_linear(
     scale: float,
     weight: Tensor,
     bias: Tensor | None,
+    known: Known | None = None,
 ) -> Tensor:
-    """kernel_attention, then W x + bias, shape (T, D); the attention's output is made again in the backward pass."""
+    """kernel_attention, then W x + bias, shape (T, D); the attention's output is made again in the backward pass.
+
+    Where the result is known the projection is rotated already.
+    """
     assert qkv_TXH.shape[0] == plan.num_tokens
-    return _KernelAttentionLinear.apply(qkv_TXH, weight, bias, rope, num_kv_heads, plan, scale)
+    return _KernelAttentionLinear.apply(qkv_TXH, weight, bias, rope, num_kv_heads, plan, scale, known)
 
 
 def _split(qkv_TXH: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,28 +96,32 @@ class _KernelAttentionLinear(torch.autograd.Function):
         num_kv_heads: int,
         plan: AttentionPlan,
         scale: float,
+        known: Known | None,
     ) -> Tensor:
+        ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
+        if known is not None:
+            ctx.save_for_backward(qkv_TXH, weight)
+            return known.value
         y_TD = qkv_TXH.new_empty(qkv_TXH.shape[0], weight.shape[0])  # first: see fused.py's _room_for_product
         if rope is not None:
             native.rotate_(qkv_TXH, *rope, num_heads=qkv_TXH.shape[1] - num_kv_heads)
-        output_TNH, lse_TN = native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)
-        ctx.save_for_backward(qkv_TXH, weight, lse_TN)
-        ctx.rope, ctx.num_kv_heads, ctx.plan, ctx.scale = rope, num_kv_heads, plan, scale
+        output_TNH, _ = native.attention(*_split(qkv_TXH, num_kv_heads), plan.native_rows[0], scale)
+        ctx.save_for_backward(qkv_TXH, weight)
         x_TE = output_TNH.flatten(1)
         return linear(x_TE, weight, bias, out=y_TD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        qkv_TXH, weight, lse_TN = ctx.saved_tensors
+        qkv_TXH, weight = ctx.saved_tensors
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dweight = torch.empty_like(weight) if needs_weight else None
-        output_TNH, _ = native.attention(*_split(qkv_TXH, ctx.num_kv_heads), ctx.plan.native_rows[0], ctx.scale)
+        output_TNH, lse_TN = native.attention(*_split(qkv_TXH, ctx.num_kv_heads), ctx.plan.native_rows[0], ctx.scale)
         if dweight is not None:
             weight_gradient(grad_TD, output_TNH.flatten(1), out=dweight)
         grad_TNH = input_gradient(grad_TD, weight).view(output_TNH.shape)
         dqkv_TXH = _gradient(ctx, qkv_TXH, output_TNH, lse_TN, grad_TNH)
-        return dqkv_TXH, dweight, grad_TD.sum(0) if needs_bias else None, None, None, None, None
+        return dqkv_TXH, dweight, grad_TD.sum(0) if needs_bias else None, None, None, None, None, None
 
 
 def _gradient(ctx: Any, qkv_TXH: Tensor, output_TNH: Tensor, lse_TN: Tensor, grad_TNH: Tensor) -> Tensor:

@@ -5,20 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from strop.models.interface import CausalLM
+from strop.models.recording import Recording
 from strop.objectives.logprobs import linear_logprobs, linear_self_certainty
 from strop.types import PackedBatch
 
 
 def packed_logprobs(
-    model: CausalLM, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    model: CausalLM,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    recording: Recording | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(logprobs_R, entropy_R or None), float32: one value per True of loss_mask_T, in packed order.
 
     The head runs on those positions only and never holds more than a chunk of (R, V).
     """
-    return label_logprobs(
-        model, model.hidden_and_head(batch), batch, temperature=temperature, with_entropy=with_entropy
-    )
+    hidden_and_head = model.hidden_and_head(batch, recording)
+    return label_logprobs(model, hidden_and_head, batch, temperature=temperature, with_entropy=with_entropy)
 
 
 def label_logprobs(

@@ -22,6 +22,7 @@ from strop.models.decoder import Decoder
 from strop.models.fused import Linear
 from strop.models.huggingface import disk_names
 from strop.models.interface import CausalLM
+from strop.models.recording import Recording
 from strop.types import PackedBatch
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -235,7 +236,8 @@ class Reference:
             for name, linear in linears.items():
                 linear.adapter = own[name]
 
-    def hidden_and_head(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def hidden_and_head(self, batch: PackedBatch, recording: Recording | None = None) -> tuple[Tensor, Tensor]:
+        assert recording is None  # new_recording makes none
         return self.hidden(batch), self._policy.lm_head_weight
 
     def __getattr__(self, name: str) -> Any:

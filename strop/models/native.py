@@ -83,6 +83,7 @@ class NativeDecode:
         hidden_SD = torch.empty_like(x_SD)
         cos_SH, sin_SH = (angles.view(x_SD.shape[0], -1) for angles in rope)
         layer_stride = cache.keys.stride(0)
+        recording = cache.recording
         assert layer_stride == cache.values.stride(0) and cache.keys[0].is_contiguous() and x_SD.is_contiguous()
         self._kernel("strop_decode_step")(
             ctypes.byref(self._shape),
@@ -92,7 +93,8 @@ class NativeDecode:
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x_SD, hidden_SD, cache.keys, cache.values)),
             *map(ctypes.c_int64, (layer_stride, cache.keys.shape[3])),
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (lengths_S, cos_SH, sin_SH)),
-            ctypes.c_int64(torch.get_num_threads()),
+            None if recording is None else ctypes.byref(recording.pointers),
+            *map(ctypes.c_int64, (0 if recording is None else recording.first_row, torch.get_num_threads())),
         )
         return hidden_SD
 

@@ -280,6 +280,12 @@ struct Shape {
     float eps, scale;
 };
 
+// Where a step leaves what a training step on the same weights would compute again, one row per sequence from each layer's
+// pointers on: queries, keys and values as attention reads them, and what attention and MLP add to the stream.
+struct Record {
+    bf16 *const *projections, *const *attended, *const *mlps;
+};
+
 // Rows of `weight` (N, K) in the order in which the products read them: group g holds rows [g * stride, + 16) and
 // [g * stride + second, + 16).
 template <typename In>
@@ -291,13 +297,14 @@ void pack(const bf16* weight, typename In::Weights* packed, int64_t num_groups, 
 
 // One token for each of num_rows sequences. `stream` (S, D) holds their embeddings and is overwritten; `hidden` (S, D)
 // gets the final norm's output. Keys and values of layer l start at keys + l * layer_stride, (slot, K, T, H) with
-// T = capacity; position lengths[s] of slot s is written, and [0, lengths[s]] is read. cos and sin are (S, H).
+// T = capacity; position lengths[s] of slot s is written, and [0, lengths[s]] is read. cos and sin are (S, H). `record` may
+// be null; its rows are behind first_recorded others.
 template <typename In>
-void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, int64_t num_threads) {
+void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, const Record* record, int64_t first_recorded, int64_t num_threads) {
     const int64_t D = shape->D, N = shape->N, K = shape->K, H = shape->H, I = shape->I, S = num_rows;
     const int64_t heads_per_kv = N / K, qkv_width = (N + 2 * K) * H;
     const int64_t scores_stride = (capacity + LANES) / LANES * LANES + LANES;
-    std::vector<bf16> qkv(S * qkv_width);
+    std::vector<bf16> unrecorded(record ? 0 : S * qkv_width);
     std::vector<float> scores(num_threads * heads_per_kv * scores_stride);
     In normed_input(S, D), attended(S, N * H), gated(S, I);
     using Weights = const typename In::Weights*;
@@ -319,20 +326,24 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
             for (int64_t s = 0; s < S; s++) input.arrange(s);
         }
     };
-    const auto add_to_stream = [&](const bf16* bias) {
+    const auto add_to_stream = [&](const bf16* bias, bf16* recorded) {
         return [=](int64_t row, int64_t group, __m512 left, __m512 right) {
-            bf16* x = stream + row * D + group * GROUP;
-            store16(x, _mm512_add_ps(load16(x), plus_bias(left, bias, group * GROUP)));
-            store16(x + LANES, _mm512_add_ps(load16(x + LANES), plus_bias(right, bias, group * GROUP + LANES)));
+            const int64_t place = row * D + group * GROUP;
+            bf16* x = stream + place;
+            left = plus_bias(left, bias, group * GROUP), right = plus_bias(right, bias, group * GROUP + LANES);
+            if (recorded) _mm512_storeu_si512(recorded + place, both_as_bf16(left, right));
+            store16(x, _mm512_add_ps(load16(x), left));
+            store16(x + LANES, _mm512_add_ps(load16(x + LANES), right));
         };
     };
 
 #pragma omp parallel num_threads(num_threads)
     for (int64_t l = 0; l < shape->num_layers; l++) {
         const Layer& layer = layers[l];
+        bf16* qkv = record ? record->projections[l] + first_recorded * qkv_width : unrecorded.data();
         norm_rows(layer.attention_norm);
         product(normed_input, (Weights)layer.qkv, D, qkv_width / GROUP, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
-            bf16* target = qkv.data() + row * qkv_width + group * GROUP;
+            bf16* target = qkv + row * qkv_width + group * GROUP;
             store16(target, plus_bias(left, layer.qkv_bias, group * GROUP));
             store16(target + LANES, plus_bias(right, layer.qkv_bias, group * GROUP + LANES));
         });
@@ -340,7 +351,7 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
 #pragma omp for schedule(dynamic, 2)
         for (int64_t item = 0; item < S * K; item++) {
             const int64_t s = item / K, k = item % K, length = lengths[s] + 1;
-            bf16* row = qkv.data() + s * qkv_width;
+            bf16* row = qkv + s * qkv_width;
             bf16 *query = row + k * heads_per_kv * H, *key = row + (N + k) * H, *value = row + (N + K + k) * H;
             const bf16 *row_cos = layer.has_rope ? cos + s * H : nullptr, *row_sin = sin + s * H;
             for (int64_t g = 0; g < heads_per_kv; g++) prepare_head(query + g * H, H, layer.q_norm, shape->eps, row_cos, row_sin);
@@ -364,7 +375,7 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
             }
         }
         arrange_rows(attended);
-        product(attended, (Weights)layer.output, N * H, D / GROUP, add_to_stream(layer.output_bias));
+        product(attended, (Weights)layer.output, N * H, D / GROUP, add_to_stream(layer.output_bias, record ? record->attended[l] + first_recorded * D : nullptr));
 #pragma omp barrier
         norm_rows(layer.mlp_norm);
         product(normed_input, (Weights)layer.gate_up, D, I / LANES, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
@@ -377,7 +388,7 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
         });
 #pragma omp barrier
         arrange_rows(gated);
-        product(gated, (Weights)layer.down, I, D / GROUP, add_to_stream(layer.down_bias));
+        product(gated, (Weights)layer.down, I, D / GROUP, add_to_stream(layer.down_bias, record ? record->mlps[l] + first_recorded * D : nullptr));
 #pragma omp barrier
     }
 #pragma omp parallel for num_threads(num_threads) schedule(static)
@@ -423,8 +434,8 @@ int64_t strop_packed_bytes8(int64_t num_groups, int64_t width) { return num_grou
     void strop_pack##suffix(const bf16* weight, In::Weights* packed, int64_t num_groups, int64_t width, int64_t stride, int64_t second, int64_t num_threads) { \
         pack<In>(weight, packed, num_groups, width, stride, second, num_threads); \
     } \
-    void strop_decode_step##suffix(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, int64_t num_threads) { \
-        decode_step<In>(shape, layers, final_norm, num_rows, stream, hidden, keys, values, layer_stride, capacity, lengths, cos, sin, num_threads); \
+    void strop_decode_step##suffix(const Shape* shape, const Layer* layers, const bf16* final_norm, int64_t num_rows, bf16* stream, bf16* hidden, bf16* keys, bf16* values, int64_t layer_stride, int64_t capacity, const int64_t* lengths, const bf16* cos, const bf16* sin, const Record* record, int64_t first_recorded, int64_t num_threads) { \
+        decode_step<In>(shape, layers, final_norm, num_rows, stream, hidden, keys, values, layer_stride, capacity, lengths, cos, sin, record, first_recorded, num_threads); \
     } \
     void strop_packed_product##suffix(const bf16* input, const In::Weights* weights, bf16* output, int64_t num_rows, int64_t width, int64_t num_groups, int64_t num_threads) { \
         packed_product<In>(input, weights, output, num_rows, width, num_groups, num_threads); \

@@ -29,6 +29,8 @@ class RolloutBatch:
     prompts: tuple[tuple[int, ...], ...]
     prompt_of_row: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
+    recorded_rows: tuple[tuple[int, ...], ...]
+    """Completion.recorded_rows of each row; empty without a Recording."""
     response_mask_BT: Tensor
     """bool: True = sampled by the policy (the stop token included)."""
     sampling_logprobs_BT: Tensor
@@ -61,6 +63,7 @@ class RolloutBatch:
             self,
             prompt_of_row=tuple(self.prompt_of_row[row] for row in rows),
             completions=tuple(self.completions[row] for row in rows),
+            recorded_rows=tuple(self.recorded_rows[row] for row in rows),
             **tensors,
         )
 
@@ -90,6 +93,7 @@ class RolloutBatch:
         """
         token_ids: list[int] = []
         labels: list[int] = []
+        recorded_rows: list[int] = []
         mask_parts: list[Tensor] = []
         segments: list[Segment] = []
         device = self.response_mask_BT.device
@@ -101,11 +105,13 @@ class RolloutBatch:
                 last += 1
             token_ids.extend(prompt[:-1])
             labels.extend(prompt[1:])
+            recorded_rows.extend(self.recorded_rows[row][: len(prompt) - 1])
             mask_parts.append(torch.zeros(len(prompt) - 1, dtype=torch.bool, device=device))
             for index in range(row, last):
                 completion = self.completions[index]
                 token_ids.extend((prompt[-1], *completion[:-1]))
                 labels.extend(completion)
+                recorded_rows.extend(self.recorded_rows[index][len(prompt) - 1 :])
                 mask_parts.append(self.response_mask_BT[index, : len(completion)])
             segments.append(
                 Segment(
@@ -118,6 +124,7 @@ class RolloutBatch:
             labels_T=torch.tensor(labels, dtype=torch.int64, device=device),
             loss_mask_T=torch.cat(mask_parts),
             segments=tuple(segments),
+            recorded_rows_T=torch.tensor(recorded_rows, device=device) if len(recorded_rows) == len(labels) else None,
         )
 
 
@@ -145,6 +152,7 @@ def collate_rollouts(
         prompts=tuple(tuple(prompt) for prompt in prompts_P),
         prompt_of_row=tuple(prompt for prompt, _ in rows),
         completions=tuple(completion.token_ids for _, completion in rows),
+        recorded_rows=tuple(completion.recorded_rows for _, completion in rows),
         response_mask_BT=response_mask_BT.to(device),
         sampling_logprobs_BT=sampling_logprobs_BT.to(device),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from strop.generation import Engine
+from strop.models.recording import Recording
 from strop.rewards.base import ScoredCompletion, WeightedRewards
 from strop.rewards.overlap import JudgingTime, Scoring
 from strop.runs.seeds import derive_seed
@@ -40,6 +41,7 @@ def roll_out(
     group_size: int,
     sampling: SamplingParams,
     seed: int,
+    recording: Recording | None = None,
 ) -> tuple[list[Group], JudgingTime]:
     """One group of group_size scored completions per task, and how long their verdicts were waited for.
 
@@ -56,6 +58,7 @@ def roll_out(
             on_finished=lambda request, sample, completion: scoring.add(
                 request * group_size + sample, tasks_P[request], completion
             ),
+            recording=recording,
         )
         flat_scores = scoring.finish()
     groups = [

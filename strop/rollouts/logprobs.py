@@ -7,17 +7,26 @@ from torch import Tensor
 
 from strop.models.interface import CausalLM
 from strop.models.logprobs import packed_logprobs
+from strop.models.recording import Recording
 from strop.rollouts.batch import RolloutBatch
 
 
 def token_logprobs(
-    model: CausalLM, batch: RolloutBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    model: CausalLM,
+    batch: RolloutBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    recording: Recording | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(logprobs_BT, entropy_BT or None), float32, of every sampled token; 0 where response_mask_BT is False.
 
     Taken at the sampling temperature: otherwise new and sampled logprobs differ before the first update.
+    recording: of the rollout that the batch is from, if the weights are still the same; it is used up.
     """
-    logprobs_R, entropy_R = packed_logprobs(model, batch.packed(), temperature=temperature, with_entropy=with_entropy)
+    logprobs_R, entropy_R = packed_logprobs(
+        model, batch.packed(), temperature=temperature, with_entropy=with_entropy, recording=recording
+    )
     return rectangular(logprobs_R, batch), None if entropy_R is None else rectangular(entropy_R, batch)
 
 

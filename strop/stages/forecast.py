@@ -24,6 +24,7 @@ from strop.models.footprint import (
     num_layer_parameters,
     num_parameters,
     num_recomputed,
+    recorded_bytes,
     training_flops,
 )
 from strop.models.fused import can_pack
@@ -131,6 +132,8 @@ class Workload:
     reward_bytes: int = 0
     """Weights of the reward models and judges that compute in this process."""
     rollout: Rollout | None = None
+    recorded_tokens: int = 0
+    """Positions that the first update of a step has from the rollout, where there are kernels: see recording.py."""
     has_kernels: bool = False
     """Whether the C++ kernels do the work: then a master is the weight and 2 bytes, the gradients of a single
     micro-batch stay in bfloat16, and the packed weights of a rollout include the head."""
@@ -354,6 +357,7 @@ def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
         "cache": float(cache_bytes(config, num_slots=slots + prompts, length=length, bytes_per_number=dtype.itemsize)),
         "packed weights": float(packed * (_PACKED_INT8_BYTES if are_in_int8() else dtype.itemsize)),
         "logits": float(slots * config.vocab_size * dtype.itemsize + 2 * sampler_rows * config.vocab_size * 4),
+        "recording": float(workload.has_kernels * workload.recorded_tokens * recorded_bytes(config)),
     }
 
 
@@ -374,6 +378,12 @@ def _seconds(workload: Workload, probe: Probe) -> dict[str, float]:
         seconds["values"] = value_batches * probe.learners[1].at("forward_seconds", workload.critic)
         seconds["critic"] = micro_batches * probe.learners[1].at("train_seconds", workload.critic)
     seconds["forward and backward"] = micro_batches * probe.learners[0].at("train_seconds", policy)
+    if workload.has_kernels and workload.recorded_tokens:
+        # Of a layer's forward pass remains gate and up, once more where the backward pass would have found them.
+        gate_up = 2 * policy.model.hidden_size * policy.model.intermediate_size / layer_matrices(policy.model)
+        saved_layers = policy.model.num_layers - gate_up * (policy.model.num_layers - policy.num_recomputed)
+        share = workload.recorded_tokens / workload.micro_tokens
+        seconds["forward and backward"] -= share * saved_layers * probe.learners[0].slope("forward_seconds")
     trained = sum(learner.num_trained for learner in learners)
     seconds["optimizer"] = workload.num_updates * probe.optimizer_seconds * trained
     return seconds

@@ -24,6 +24,7 @@ from torch import Tensor
 from strop.data import TaskBatches, load_rows, tasks_from_rows
 from strop.generation import Engine
 from strop.models import CausalLM, save_model
+from strop.models.recording import Recording, new_recording
 from strop.native.freed_memory import give_back_freed_memory
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
@@ -80,8 +81,9 @@ def grpo_step(
 ) -> tuple[dict[str, float], list[Group], RolloutBatch]:
     """One rollout and its updates; step counts from 1. Returns metrics, the groups, and the batch for samples.jsonl."""
     started = time.perf_counter()
-    groups, sampled, judging = sample_groups(actors, tasks, config, step)
-    metrics, batch = learn(actors, groups, sampled, judging, config, step, started=started)
+    recording = new_recording(actors.policy, config.micro_batch_tokens) if config.reuse_rollout else None
+    groups, sampled, judging = sample_groups(actors, tasks, config, step, recording)
+    metrics, batch = learn(actors, groups, sampled, judging, config, step, started=started, recording=recording)
     return metrics, groups, batch
 
 
@@ -94,8 +96,12 @@ def learn(
     step: int,
     *,
     started: float,
+    recording: Recording | None = None,
 ) -> tuple[dict[str, float], RolloutBatch]:
-    """The updates of one rollout: `groups` of all that were `sampled` since `started` (time.perf_counter)."""
+    """The updates of one rollout: `groups` of all that were `sampled` since `started` (time.perf_counter).
+
+    recording: of the policy's activations while it sampled them; the first update uses it if it is one micro-batch.
+    """
     rollout_ended = time.perf_counter()
     batch, counted_B = make_batch(actors, groups, config)
     averages = Averages()
@@ -110,9 +116,15 @@ def learn(
                 num_tokens=sum(len(batch.completions[row]) for row in counted),
                 max_tokens=config.sampling.max_new_tokens,
             )
-            for micro in batch.select(learning_rows(batch, counted, config)).split(config.micro_batch_tokens):
-                loss = micro_loss(actors.policy, micro, config, denominator, averages)
+            learning = batch.select(learning_rows(batch, counted, config))
+            micro_batches = list(learning.split(config.micro_batch_tokens))
+            is_recorded = recording is not None and recording.is_complete and len(micro_batches) == 1
+            for micro in micro_batches:
+                loss = micro_loss(
+                    actors.policy, micro, config, denominator, averages, recording if is_recorded else None
+                )
                 loss.backward()
+            recording = None  # the weights move
             lr = config.optimizer.lr_at(step - 1, config.num_steps)
             report = optimizer_step(actors.optimizer, lr=lr, max_grad_norm=config.optimizer.max_grad_norm)
             num_updates += not report.is_skipped
@@ -139,7 +151,7 @@ def learn(
 
 
 def sample_groups(
-    actors: Actors, tasks: TaskBatches, config: Config, step: int
+    actors: Actors, tasks: TaskBatches, config: Config, step: int, recording: Recording | None = None
 ) -> tuple[list[Group], list[Group], JudgingTime]:
     """prompts_per_step groups to train on, all that were sampled for them, and how long verdicts were waited for.
 
@@ -160,6 +172,7 @@ def sample_groups(
             group_size=config.group_size,
             sampling=config.sampling.params(actors.tokenizer),
             seed=derive_seed(config.seed, "rollout", step, sampling_round),
+            recording=recording,
         )
         judging += judged_in
         sampled += groups

@@ -87,6 +87,9 @@ class Config:
     """Tokens per forward and backward pass, each prompt once per group: bounds the memory, not the result."""
     num_slots: int = 64
     """Completions decoded at the same time."""
+    reuse_rollout: bool = True
+    """Keep what the policy computes while it samples as the first update's forward pass, where both compute the same
+    bits and the rollout fits into one micro-batch (docs/speed.md). The result is the same, in less time."""
     eval: Evaluation = field(default_factory=Evaluation)
     """Held-out evaluation."""
     samples_per_step: int = 8

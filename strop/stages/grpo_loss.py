@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from strop.models import CausalLM
+from strop.models.recording import Recording
 from strop.objectives.aggregate import masked_sum, sequence_mean, token_weights
 from strop.objectives.kl import kl_k2, kl_k3, kl_k3_plus
 from strop.objectives.policy_gradient import (
@@ -27,11 +28,20 @@ from strop.rollouts.logprobs import token_logprobs
 from strop.stages.grpo_config import Config
 
 
-def micro_loss(policy: CausalLM, micro: RolloutBatch, config: Config, denominator: int, averages: Averages) -> Tensor:
-    """This micro-batch's share of the update's loss."""
+def micro_loss(
+    policy: CausalLM,
+    micro: RolloutBatch,
+    config: Config,
+    denominator: int,
+    averages: Averages,
+    recording: Recording | None = None,
+) -> Tensor:
+    """This micro-batch's share of the update's loss. recording: see token_logprobs."""
     mask_BT = micro.response_mask_BT
     assert micro.advantages_BT is not None
-    logprobs_BT, entropy_BT = token_logprobs(policy, micro, temperature=config.sampling.temperature, with_entropy=True)
+    logprobs_BT, entropy_BT = token_logprobs(
+        policy, micro, temperature=config.sampling.temperature, with_entropy=True, recording=recording
+    )
     assert entropy_BT is not None
     # With a single update per rollout the policy has not moved yet: these are the old logprobs.
     old_BT = logprobs_BT.detach() if micro.old_logprobs_BT is None else micro.old_logprobs_BT

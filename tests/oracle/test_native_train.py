@@ -125,7 +125,8 @@ def test_attention_made_again_for_the_backward_pass_is_that_which_was_kept(has_b
             kept.append(memory.live_bytes)
             results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)])
     assert all(map(torch.equal, *results))
-    assert kept[1] - kept[0] == qkv.shape[0] * num_heads * width * 2, "the output, and nothing else"
+    outputs, log_sums = qkv.shape[0] * num_heads * width, qkv.shape[0] * num_heads
+    assert kept[1] - kept[0] == 2 * outputs + 4 * log_sums, "the output and its log-sum-exp, and nothing else"
 
 
 @pytest.mark.parametrize("has_entropy", [False, True])
