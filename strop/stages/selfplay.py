@@ -129,7 +129,8 @@ def play_games(actors: Actors, config: Config, step: int) -> tuple[list[Game], i
         ).tolist(),
         max_moves=config.max_moves,
     )
-    actors.engine.release()
+    for player in (past, present):
+        player.engine.release()
     return games, past_step
 
 
