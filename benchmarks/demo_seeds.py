@@ -21,6 +21,7 @@ from strop.data import load_rows, tasks_from_rows
 from strop.evals.tasks import evaluate_tasks
 from strop.generation import Engine
 from strop.models import load_model
+from strop.native import products
 from strop.rewards.load import load_rewards
 from strop.runs import RunFolder, resolve
 from strop.stages import grpo
@@ -67,11 +68,11 @@ def is_finished(runs_dir: Path, name: str) -> bool:
 
 
 def measure(reference: str, config: grpo.Config, runs_dir: Path) -> list[float]:
-    """[pass@1, low, high] on the recipe's held-out tasks."""
+    """[pass@1, low, high] on the recipe's held-out tasks, in the dtype on disk, whatever the runs compute in."""
     folder = resolve(reference, runs_dir).path
     model, tokenizer = load_model(folder, frozen=True), Tokenizer.load(folder)
     tasks = tasks_from_rows(load_rows(config.eval.tasks))
-    with load_rewards(config.rewards) as reward:
+    with products.int8(False), load_rewards(config.rewards) as reward:
         report = evaluate_tasks(
             Engine(model, tokenizer, num_slots=config.num_slots),
             tokenizer,

@@ -123,11 +123,9 @@ def free_bytes() -> int | None:
 
 def kernels() -> str:
     """Whether the C++ kernels work here, or why not."""
-    from strop.native.build import library, why_unavailable
+    from strop.native.build import library, why_missing
 
-    if (reason := why_unavailable()) is not None:
-        return f"none: {reason}"
-    return "compiled for this CPU" if library() is not None else "none: they do not compile here"
+    return "compiled for this CPU" if library() is not None else f"none: {why_missing()}"
 
 
 def stage_of(recipe: Path, table: dict[str, Any]) -> str:
@@ -176,7 +174,7 @@ def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | No
     from rich.console import Console
     from rich.table import Table
 
-    from strop.models.precision import measure_gemm, name_of
+    from strop.models.precision import measure_gemm
 
     console = Console(highlight=False)
     learner = work.learner
@@ -185,7 +183,7 @@ def _print_forecast(stage: str, work: Workload, result: Forecast, free: int | No
         model += f", {learner.num_trained / 1e6:.2f} M of an adapter that learn"
     if work.critic is not None:
         model += f"; critic {work.critic.num_weights / 1e6:.1f} M"
-    dtype = name_of(work.dtype)
+    dtype = work.dtype_name
     peak = measure_gemm(dtype)
     _print(
         {

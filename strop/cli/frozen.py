@@ -66,22 +66,23 @@ def frozen_model(arguments: ModelArguments, *, num_slots: int = 32) -> Iterator[
 
     from strop.generation import Engine
     from strop.models import compute_in, load_model, tokenizer_folder, weight_hash
-    from strop.models.precision import name_of
+    from strop.models.precision import name_of, own_precision
     from strop.runs import resolve
     from strop.tokenizer import Tokenizer
 
     checkpoint = resolve(arguments.model, arguments.runs_dir)
-    dtype = compute_in(arguments.dtype, arguments.device)
-    model = load_model(checkpoint.path, dtype=dtype, device=arguments.device, frozen=True)
-    assert isinstance(model, nn.Module)
-    tokenizer = Tokenizer.load(tokenizer_folder(checkpoint.path))
-    tokenizer.check_fits(model.lm_head_weight.shape[0])
-    before = weight_hash(model)
-    print(f"{checkpoint.path}: {name_of(dtype)}, weights {before[:16]}", file=sys.stderr)
-    yield FrozenModel(model=model, tokenizer=tokenizer, engine=Engine(model, tokenizer, num_slots=num_slots))
-    after = weight_hash(model)
-    assert after == before, f"the frozen weights have changed: {before} before, {after} after"
-    print(f"weights {after[:16]}, unchanged", file=sys.stderr)
+    with own_precision(arguments.dtype, arguments.device):
+        dtype = compute_in(arguments.dtype, arguments.device)
+        model = load_model(checkpoint.path, dtype=dtype, device=arguments.device, frozen=True)
+        assert isinstance(model, nn.Module)
+        tokenizer = Tokenizer.load(tokenizer_folder(checkpoint.path))
+        tokenizer.check_fits(model.lm_head_weight.shape[0])
+        before = weight_hash(model)
+        print(f"{checkpoint.path}: {name_of(dtype)}, weights {before[:16]}", file=sys.stderr)
+        yield FrozenModel(model=model, tokenizer=tokenizer, engine=Engine(model, tokenizer, num_slots=num_slots))
+        after = weight_hash(model)
+        assert after == before, f"the frozen weights have changed: {before} before, {after} after"
+        print(f"weights {after[:16]}, unchanged", file=sys.stderr)
 
 
 def sampling_params(arguments: SamplingArguments, tokenizer: Tokenizer) -> SamplingParams:

@@ -20,6 +20,7 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
     import torch
 
     from strop.cli import workload_preferences, workload_rollouts
+    from strop.models.native import check_int8_widths
     from strop.native.kernels import has_kernels
 
     plan = {
@@ -34,7 +35,18 @@ def workload(stage: str, config: Any, runs_dir: Path) -> Workload:
     if stage not in plan:
         raise ValueError(f"{stage} has no forecast: how long its games are is not known before they are played")
     planned = plan[stage](config, runs_dir)
+    if planned.in_int8:
+        for learner in planned.learners.values():
+            check_int8_widths(learner.model, has_head=learner.output != "scores")
     return dataclasses.replace(planned, has_kernels=has_kernels(torch.empty(0, dtype=planned.dtype)))
+
+
+def computed_in(config: Any) -> dict[str, Any]:
+    """Workload's dtype and in_int8. The process computes in it while it is measured only (forecast_probe.measure)."""
+    from strop.models.precision import resolved, weight_dtype
+
+    name = resolved(config.dtype, config.device)
+    return {"dtype": weight_dtype(name), "in_int8": name == "int8"}
 
 
 def learner_of(config: Any, model: ModelConfig, **others: Any) -> Learner:
@@ -51,7 +63,6 @@ def learner_of(config: Any, model: ModelConfig, **others: Any) -> Learner:
 
 
 def _pretrain(config: Any, runs_dir: Path) -> Workload:
-    from strop.models import compute_in
     from strop.stages.forecast import Workload, packed_segments
     from strop.stages.pretrain import new_model_config
     from strop.types import Segment
@@ -64,7 +75,7 @@ def _pretrain(config: Any, runs_dir: Path) -> Workload:
     micro_batch = packed_segments([Segment(trunk=config.context_length)], _micro_tokens(config))
     return Workload(
         learner=learner_of(config, model),
-        dtype=compute_in(config.dtype),
+        **computed_in(config),
         micro_batch=micro_batch,
         num_labels=sum(map(len, micro_batch)),
         tokens_per_step=config.batch_tokens,
@@ -75,7 +86,6 @@ def _pretrain(config: Any, runs_dir: Path) -> Workload:
 
 def _sft(config: Any, runs_dir: Path) -> Workload:
     from strop.data import load_rows, sft_examples
-    from strop.models import compute_in
     from strop.stages.forecast import Workload, packed_segments
     from strop.types import Segment
 
@@ -96,7 +106,7 @@ def _sft(config: Any, runs_dir: Path) -> Workload:
     micro_batch = packed_segments(pattern, min(_micro_tokens(config), step_tokens))
     return Workload(
         learner=learner_of(config, model),
-        dtype=compute_in(config.dtype),
+        **computed_in(config),
         micro_batch=micro_batch,
         num_labels=max(1, round(share * sum(map(len, micro_batch)))),
         tokens_per_step=step_tokens,

@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 def reward_model(config: Any, runs_dir: Path) -> Workload:
     """One step on whole comparisons, through a scalar head."""
-    from strop.cli.workload import checkpoint, file_bytes, learner_of
+    from strop.cli.workload import checkpoint, computed_in, file_bytes, learner_of
     from strop.data.formats import COMPARED
-    from strop.models import compute_in
     from strop.models.heads import is_scalar_folder, pack_scored
     from strop.stages.forecast import Workload
 
@@ -37,7 +36,7 @@ def reward_model(config: Any, runs_dir: Path) -> Workload:
         assumptions = (f"{config.data} is not there yet: pairs of max_length, half of it the prompt",)
     return Workload(
         learner=learner_of(config, model, output="scores", seen_tokens=seen),
-        dtype=compute_in(config.dtype),
+        **computed_in(config),
         micro_batch=tuple(segments),
         num_labels=num_labels,
         tokens_per_step=step_tokens,
@@ -51,11 +50,10 @@ def reward_model(config: Any, runs_dir: Path) -> Workload:
 
 def dpo(config: Any, runs_dir: Path) -> Workload:
     """One step on whole comparisons; online the policy answers first. Offline the reference is gone by then."""
-    from strop.cli.workload import checkpoint, file_bytes, learner_of
+    from strop.cli.workload import checkpoint, computed_in, file_bytes, learner_of
     from strop.cli.workload_rollouts import prompts, reward_bytes
     from strop.data import pack_completions
     from strop.data.formats import COMPARED
-    from strop.models import compute_in
     from strop.stages.dpo_config import SINGLE
     from strop.stages.forecast import Rollout, Workload, packed_segments
     from strop.types import Segment
@@ -90,7 +88,7 @@ def dpo(config: Any, runs_dir: Path) -> Workload:
     passes = int(config.keeps_reference) + 2 * int(config.loss == "kto")
     return Workload(
         learner=learner_of(config, model),
-        dtype=compute_in(config.dtype),
+        **computed_in(config),
         micro_batch=tuple(segments),
         num_labels=num_labels,
         tokens_per_step=step_tokens,

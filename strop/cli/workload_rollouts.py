@@ -76,8 +76,7 @@ def ppo(config: Any, runs_dir: Path) -> Workload:
 
 def _reinforced(config: Any, runs_dir: Path, *, frozen_passes: int) -> Workload:
     """What GRPO and PPO have in common. frozen_passes: how often the policy or the reference reads a whole rollout."""
-    from strop.cli.workload import checkpoint, file_bytes, learner_of
-    from strop.models import compute_in
+    from strop.cli.workload import checkpoint, computed_in, file_bytes, learner_of
     from strop.stages.forecast import Rollout, Workload
 
     model, folder = checkpoint(config.init_from, runs_dir)
@@ -92,7 +91,7 @@ def _reinforced(config: Any, runs_dir: Path, *, frozen_passes: int) -> Workload:
     updates = num_prompts // per_update
     return Workload(
         learner=learner_of(config, model, with_entropy=True),
-        dtype=compute_in(config.dtype),
+        **computed_in(config),
         micro_batch=largest,
         num_labels=sum(sum(segment.branches) for segment in largest),
         tokens_per_step=update_tokens * updates * config.epochs_per_rollout,

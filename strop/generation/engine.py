@@ -26,9 +26,9 @@ class Engine:
     """Samples completions with continuous batching over a fixed number of cache slots.
 
     A completion is decided by its request alone: not by what runs beside it, by num_slots or by the order of requests.
-    (Its uniforms come from the seed and the sample index. What remains is rounding: kernels may round a row differently
-    in a batch of another size, which in bfloat16 can tip a token that lies on the edge. The same call gives the same
-    bits.)
+    (Its uniforms come from the seed and the sample index. What remains is rounding: torch's kernels may round a row
+    differently in a batch of another size, which in bfloat16 can tip a token that lies on the edge; the C++ kernels do
+    not. The same call gives the same bits.)
 
     Parameters are read live, so that a policy in training can be sampled at any moment; of the cache only the memory
     outlives a call.
@@ -133,8 +133,10 @@ class Engine:
         )
 
     def release(self) -> None:
-        """Give back the memory of the key-value cache until the next generate(): training wants it in between."""
+        """Give back the memory of the key-value cache, and of a frozen model's packed weights, until the next
+        generate(): training wants it in between."""
         self._cache = None
+        self.model.release()
         give_back_freed_memory()
 
     def cache_for(self, *, num_slots: int, max_length: int) -> Cache:

@@ -25,6 +25,7 @@ from strop.models.fused import (
     Known,
     Linear,
     can_pack,
+    lora_linear,
     norm_linear,
     recomputed_mlp,
     rms_norm,
@@ -34,6 +35,7 @@ from strop.models.fused import (
 from strop.models.interface import Cache
 from strop.models.kernel_attention import has_kernels, kernel_attention_linear
 from strop.models.native import NativeDecode, can_decode, check_int8
+from strop.native import kernels as native
 from strop.native.freed_memory import give_back_freed_memory
 from strop.native.kernels import rotate_
 from strop.types import PackedBatch, Segment
@@ -304,6 +306,9 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V). For training use objectives.linear_logprobs, which never holds all of it."""
         logits = None if self._native is None else self._native.logits(hidden)
+        if logits is None and native.has_kernels(hidden):
+            rows = lora_linear(hidden.reshape(-1, hidden.shape[-1]), self.lm_head_weight, None, None)
+            logits = rows.view(*hidden.shape[:-1], -1)
         return F.linear(hidden, self.lm_head_weight) if logits is None else logits
 
     def hidden(self, batch: PackedBatch) -> Tensor:
@@ -404,6 +409,10 @@ class Decoder(nn.Module):
         finally:
             for linear in linears:
                 linear.unpack()
+
+    def release(self) -> None:
+        """Give back the room that a frozen model keeps for its packed weights, until the next decoding()."""
+        self._native_room = None
 
     @torch.no_grad()
     def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor:

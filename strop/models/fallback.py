@@ -174,6 +174,9 @@ class FallbackModel(nn.Module):
     def decoding(self, num_rows: int) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def release(self) -> None:
+        """Nothing was kept."""
+
     @torch.no_grad()
     def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor:
         """As Decoder.decode_step."""

@@ -15,6 +15,7 @@ from strop.models.decoder import Decoder, uninitialised
 from strop.models.folders import MAX_SHARD_BYTES, check_folder, read_json
 from strop.models.huggingface import config_from_dict
 from strop.models.loading import read_module, write_module
+from strop.models.native import check_int8
 from strop.models.reward_scale import RewardScale
 from strop.types import PackedBatch, Segment, Tree
 
@@ -107,6 +108,7 @@ def load_scalar_model(
     check_folder(folder)
     config = config_from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     model = read_module(ScalarModel, config, folder, dtype=dtype, device=device)
+    check_int8(model.backbone, folder, has_head=False)
     if frozen:
         model.requires_grad_(False).eval()
     return model

@@ -92,6 +92,10 @@ class CausalLM(Protocol):
         """Entered around many decode_steps between which the weights do not change."""
         ...
 
+    def release(self) -> None:
+        """Give back what decoding() has kept for the next time."""
+        ...
+
     def decode_step(self, token_ids_S: Tensor, cache: Cache) -> Tensor: ...
 
     # What callers use of torch.nn.Module.

@@ -67,7 +67,7 @@ def load_model(
             stacklevel=2,
         )
         model = load_fallback(folder, raw, dtype=dtype, device=device)
-    check_int8(model)
+    check_int8(model, folder)
     if frozen:
         model.requires_grad_(False).eval()
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from strop.models.cache import KVCache
+from strop.models.config import ModelConfig
 from strop.models.fused import Linear
 from strop.native import products
 from strop.native.build import library
@@ -163,18 +164,36 @@ class NativeDecode:
         return packed.data_ptr()
 
 
-def check_int8(model: Any) -> None:
-    """ValueError where this process computes in int8 and the model cannot: its rollouts would be in bf16."""
+def check_int8(model: Any, where: object = "", *, has_head: bool = True) -> None:
+    """ValueError where this process computes in int8 and the model cannot: some of its products would be in bf16.
+
+    `where` it is from, for the message. What does not compute in bf16 on the CPU is none of int8's.
+    """
     from strop.models.decoder import Decoder
 
-    if not products.are_in_int8() or model.dtype != torch.bfloat16:
+    if not products.are_in_int8() or model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return
     if not isinstance(model, Decoder):
-        raise ValueError('dtype="int8" is not supported for models that run through transformers: use "bfloat16"')
-    if not can_decode(model) or model.config.intermediate_size % _GROUP:
+        prefix = f"{where}: " if where else ""
         raise ValueError(
-            'dtype="int8" needs hidden_size, intermediate_size, head_dim and the width of all queries, keys and values '
-            f'to be multiples of {_GROUP}: use "bfloat16"'
+            f'{prefix}dtype="int8" is not supported for models that run through transformers: use "bfloat16"'
+        )
+    check_int8_widths(model.config, where, has_head=has_head)
+
+
+def check_int8_widths(config: ModelConfig, where: object = "", *, has_head: bool = True) -> None:
+    """ValueError for a model that does not fill the registers of the 8-bit kernels, naming the widths that do not."""
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "head_dim": config.head_dim,
+        "the width of all queries, keys and values": _qkv_width(config),
+        "vocab_size": config.vocab_size if has_head else 0,
+    }
+    if wrong := [f"{name} ({width})" for name, width in widths.items() if width % _GROUP]:
+        raise ValueError(
+            f'{where}{": " if where else ""}dtype="int8" needs {", ".join(wrong)} to be '
+            f'{"multiples" if len(wrong) > 1 else "a multiple"} of {_GROUP}: use "bfloat16"'
         )
 
 
@@ -182,6 +201,9 @@ def can_decode(model: Decoder) -> bool:
     """Whether this model on this machine has a C++ decode step: bf16 on a CPU, and widths that fill its registers."""
     config = model.config
     is_bf16_on_cpu = model.dtype == torch.bfloat16 and model.device.type == "cpu"
-    qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    fits = all(width % _GROUP == 0 for width in (config.hidden_size, config.head_dim, qkv_width))
+    fits = all(width % _GROUP == 0 for width in (config.hidden_size, config.head_dim, _qkv_width(config)))
     return is_bf16_on_cpu and fits and config.intermediate_size % _LANES == 0 and library() is not None
+
+
+def _qkv_width(config: ModelConfig) -> int:
+    return (config.num_heads + 2 * config.num_kv_heads) * config.head_dim

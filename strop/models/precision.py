@@ -7,7 +7,8 @@ it adds noise of its own, some three times bf16's.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +61,27 @@ def compute_in(requested: str = "auto", device: torch.device | str = "cpu") -> t
     the answer and a resumed run reuses it, since another dtype would give other numbers. Raises ValueError for another
     name than "auto", "float32", "bfloat16" and "int8", and for int8 where there are no kernels for it.
     """
+    name = resolved(requested, device)
+    products.set_int8(name == "int8")
+    return weight_dtype(name)
+
+
+def resolved(requested: str = "auto", device: torch.device | str = "cpu") -> str:
+    """The name that compute_in would compute in, without setting anything; errors as there but for missing kernels."""
     name = fastest(measure_dtypes(device)) if requested == "auto" else requested
     if name not in (*DTYPES, "int8"):
         raise ValueError(f'dtype="{name}" is unknown: use "auto", "float32", "bfloat16" or "int8"')
     if name == "int8" and torch.device(device).type != "cpu":
         raise ValueError(f'dtype="int8" has kernels for the CPU only, not for {device}: use "bfloat16"')
-    products.set_int8(name == "int8")
-    return weight_dtype(name)
+    return name
+
+
+@contextmanager
+def own_precision(requested: str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """A block of code that may call compute_in: in int8 from its beginning on where that is requested, and otherwise
+    not; after it the process computes as it did before. Raises ValueError as compute_in."""
+    with products.int8(requested == "int8" and resolved(requested, device) == "int8"):
+        yield
 
 
 def weight_dtype(name: str) -> torch.dtype:

@@ -26,6 +26,9 @@ REQUIRED = ("avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl")
 FASTER_ELSEWHERE = "amx_bf16"
 """With matrix tiles oneDNN's kernels are ahead of ours."""
 
+_compiler_said = ""
+"""Why the sources did not compile, once `library` has tried."""
+
 
 def why_unavailable() -> str | None:
     """The reason for which this machine works without the kernels, or None when it can have them."""
@@ -41,12 +44,20 @@ def why_unavailable() -> str | None:
     return None
 
 
+def why_missing() -> str:
+    """The reason for which library() is None, in one line; the compiler's first error where that is it."""
+    lines = [line.strip() for line in _compiler_said.splitlines() if line.strip()]
+    first_error = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+    return why_unavailable() or f"the C++ kernels do not compile ({first_error})"
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, compiled first if this machine has not done so yet (seconds), or None: see why_unavailable.
 
     Sources that do not compile are reported as a warning; everything works without them, slower.
     """
+    global _compiler_said
     if why_unavailable() is not None:
         return None
     compiler = _compiler()
@@ -60,6 +71,7 @@ def library() -> ctypes.CDLL | None:
             command = [compiler, *FLAGS, "-o", str(built), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
+                _compiler_said = done.stderr
                 warnings.warn(
                     f"the C++ kernels do not compile here, so decoding is slower:\n{done.stderr}", stacklevel=2
                 )

@@ -1,7 +1,7 @@
 """The kernels of a training step and of the sampler as functions on tensors.
 
 Callers ask `has_kernels` first: nothing here falls back. All take contiguous bf16 tensors on the CPU, compute in
-float32 and round each result once.
+float32 and round each result once; the 8-bit products of gemm(in_int8=True) round their operands too.
 """
 
 from __future__ import annotations

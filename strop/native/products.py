@@ -5,7 +5,8 @@ to 215 GFLOP/s, ours 210 to 222, in the shapes of a 135M model. Results are roun
 
 In int8 (`set_int8`) the same kernel's 8-bit form takes them: 300 to 350 GFLOP/s. Operands and results stay bf16; what
 is 8 bits lives for one product. It is a setting of the process, as torch.set_float32_matmul_precision is, so that
-whatever a run computes with, its rollouts, trainer, critic and reward model round alike.
+whatever a run computes with on the CPU in bf16, its rollouts, trainer, critic, reward models and judges, rounds alike.
+Products of other dtypes stay as they are, and so do those of a width that is no multiple of 32, an adapter's rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from strop.native import kernels
-from strop.native.build import library, why_unavailable
+from strop.native.build import library, why_missing
 
 _COLUMNS = 32
 """A tile's width (tile.h): every dimension but the tokens is a multiple of it."""
@@ -34,8 +35,8 @@ def set_int8(on: bool) -> None:
     global _in_int8
     if on and library() is None:
         raise ValueError(
-            f'dtype="int8" cannot be had here: {why_unavailable() or "the C++ kernels do not compile"}; '
-            'use "auto", "bfloat16" or "float32"'
+            f'dtype="int8" cannot be had here: {why_missing()}; use "auto", "bfloat16" or "float32". A run that '
+            "began in int8 goes on only where it can be had: here, start a new run from its checkpoint (--from)"
         )
     _in_int8 = on
 
@@ -62,7 +63,10 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, out
             return torch.mm(x_TI, weight_OI.T, out=out)
         return torch.addmm(bias_O, x_TI, weight_OI.T, out=out)
     out = x_TI.new_empty(x_TI.shape[0], weight_OI.shape[0]) if out is None else out
-    kernels.gemm(x_TI, weight_OI, out, x_TI.shape[1], b_is_transposed=True, bias=bias_O, in_int8=_in_int8)
+    kernels.gemm(
+        x_TI.contiguous(), weight_OI.contiguous(), out, x_TI.shape[1], b_is_transposed=True, bias=bias_O,
+        in_int8=_in_int8,
+    )  # fmt: skip
     return out
 
 
@@ -71,7 +75,7 @@ def input_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
     if not _has_kernel(grad_TO, weight_OI, *weight_OI.shape):
         return grad_TO @ weight_OI
     out = grad_TO.new_empty(grad_TO.shape[0], weight_OI.shape[1])
-    kernels.gemm(grad_TO, weight_OI, out, grad_TO.shape[1], in_int8=_in_int8)
+    kernels.gemm(grad_TO.contiguous(), weight_OI.contiguous(), out, grad_TO.shape[1], in_int8=_in_int8)
     return out
 
 
@@ -80,17 +84,21 @@ def weight_gradient(grad_TO: Tensor, x_TI: Tensor, *, out: Tensor | None = None)
     if not _has_kernel(grad_TO, x_TI, grad_TO.shape[1], x_TI.shape[1]):
         return torch.mm(grad_TO.T, x_TI, out=out)
     out = grad_TO.new_empty(grad_TO.shape[1], x_TI.shape[1]) if out is None else out
-    kernels.gemm(grad_TO, x_TI, out, grad_TO.shape[0], sums_over_rows_of_a=True, in_int8=_in_int8)
+    kernels.gemm(
+        grad_TO.contiguous(), x_TI.contiguous(), out, grad_TO.shape[0], sums_over_rows_of_a=True, in_int8=_in_int8
+    )
     return out
 
 
 def _has_kernel(rows_T: Tensor, other: Tensor, *widths: int) -> bool:
-    """Whether the kernel takes a product of these over T tokens, whose other dimensions are `widths`."""
+    """Whether the kernel takes a product of these over T tokens, whose other dimensions are `widths`.
+
+    In bf16 torch is as good a choice, where operands are few or would have to be copied; in int8 it would be another
+    precision.
+    """
     return (
         rows_T.dtype == other.dtype
         and kernels.has_kernels(rows_T)
-        and (rows_T.shape[0] >= _MIN_TOKENS or _in_int8)
         and not any(width % _COLUMNS for width in widths)
-        and rows_T.is_contiguous()
-        and other.is_contiguous()
+        and (_in_int8 or (rows_T.shape[0] >= _MIN_TOKENS and rows_T.is_contiguous() and other.is_contiguous()))
     )

@@ -79,7 +79,7 @@ def linear_self_certainty(
         raise ValueError(f"temperature must be > 0, not {temperature}: the logits are divided by it")
     results = [hidden_RD.new_empty(0, dtype=torch.float32)]
     for start in range(0, hidden_RD.shape[0], chunk_size):
-        logits_RV = torch.nn.functional.linear(hidden_RD[start : start + chunk_size], weight_VD, bias_V).float()
+        logits_RV = linear(hidden_RD[start : start + chunk_size], weight_VD, bias_V).float()
         z_RV = _cap_and_cool_(logits_RV, temperature, softcap)
         results.append(z_RV.logsumexp(-1) - z_RV.mean(-1) - math.log(z_RV.shape[-1]))
     return torch.cat(results)

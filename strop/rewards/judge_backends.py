@@ -34,6 +34,7 @@ class LocalModel:
     def __init__(self, folder: str, *, device: str = "cpu", micro_batch_tokens: int = 8192) -> None:
         """folder is a Hugging Face folder. Raises ValueError when a digit is not one token of its tokenizer."""
         from strop.models import load_model, weight_hash
+        from strop.models.precision import name_of
         from strop.tokenizer import Tokenizer
 
         self._model = load_model(folder, device=device, frozen=True)
@@ -44,7 +45,8 @@ class LocalModel:
             raise ValueError(f"the judge {folder} has no single token for some digit, so that it cannot give a mark")
         self._digits = [ids[0] for ids in digits]
         self._micro_batch_tokens = micro_batch_tokens
-        self.identity = f"local {weight_hash(self._model)}"
+        in_int8 = " in int8" if name_of(self._model.dtype) == "int8" else ""  # other marks than in bfloat16
+        self.identity = f"local {weight_hash(self._model)}{in_int8}"
 
     def marks(self, questions: Sequence[Question]) -> list[float | JudgeError]:
         prompts = [self._tokenizer.encode_prompt(question) for question in questions]

@@ -38,7 +38,8 @@ class ModelReward:
     ) -> None:
         """model is a folder that reward_model saved, or any Hugging Face sequence classifier with one label.
 
-        It computes in the dtype on disk. micro_batch_tokens bounds the memory. Raises ValueError.
+        It computes in the dtype on disk; in bfloat16 beside a run in int8 its products are in 8 bits too.
+        micro_batch_tokens bounds the memory. Raises ValueError.
         """
         if micro_batch_tokens < 1:
             raise ValueError(f"reward {name!r}: micro_batch_tokens={micro_batch_tokens} must be at least 1")

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from strop.models import CausalLM, Checkpointing, Decoder, LoraConfig, compute_in, load_model, tokenizer_folder
 from strop.models.adapters import adapter_parts, add_adapter, check_same_config, is_adapter
 from strop.models.lora import reference_of
-from strop.models.precision import fastest, measure_dtypes, name_of
+from strop.models.precision import fastest, measure_dtypes, name_of, own_precision
 from strop.optim import OptimizerConfig
 from strop.rewards.config import RewardConfig
 from strop.runs import Start, derive_seed, resolve
 from strop.runs.files import sync
 from strop.tokenizer import Tokenizer
+
+_Train = TypeVar("_Train", bound=Callable[..., Path])
+
+
+def in_its_dtype(train: _Train) -> _Train:
+    """A stage's train(config, ...) that is in int8 from its first line on where config.dtype says so, and leaves none.
+
+    int8 is a setting of the process (native/products.py). Reward models and judges are loaded before the run is there
+    and its dtype chosen, and are refused then where they cannot compute in it; what a Python caller does after the run
+    is computed as before it.
+    """
+
+    @functools.wraps(train)
+    def trained(config: Any, **options: Any) -> Path:
+        with own_precision(config.dtype, config.device):
+            return train(config, **options)
+
+    return cast(_Train, trained)
 
 
 def at_least(config: Any, minimum: float, *fields: str, prefix: str = "") -> None:

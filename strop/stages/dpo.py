@@ -40,7 +40,7 @@ from strop.rollouts.prompts import encode_prompts, longest_prompt
 from strop.rollouts.report import rollout_metrics
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
 from strop.stages import held_out
-from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer, located_rewards
+from strop.stages.begin import chosen_dtype, in_its_dtype, kept_tokenizer, load_policy, load_tokenizer, located_rewards
 from strop.stages.compared import micro_batches
 from strop.stages.dpo_config import Config
 from strop.stages.dpo_data import mismatched, read_comparisons
@@ -131,6 +131,7 @@ def kto_baseline(actors: Actors, batch: Sequence[Comparison], config: Config) ->
     return max(0.0, float(logratios.mean()))
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     """Learn the preferences; returns the run folder. Raises ValueError for bad input, DivergedError as SkippedSteps."""
     sources = {

@@ -28,7 +28,6 @@ from strop.models.footprint import (
     training_flops,
 )
 from strop.models.fused import can_pack
-from strop.native.products import are_in_int8
 from strop.optim import eight_bit
 from strop.types import Segment
 
@@ -111,6 +110,8 @@ class Workload:
     critic: Learner | None = None
     """PPO's own critic, which trains on the policy's micro-batches after it."""
     dtype: torch.dtype
+    in_int8: bool = False
+    """Whether matrix products are in 8 bits, beside a dtype of bfloat16."""
     micro_batch: tuple[Segment, ...]
     """The largest one."""
     num_labels: int
@@ -146,6 +147,11 @@ class Workload:
         if self.critic is None:
             return {"update": self.learner}
         return {"update": self.learner, "critic's update": self.critic}
+
+    @property
+    def dtype_name(self) -> str:
+        """As in a config."""
+        return "int8" if self.in_int8 else str(self.dtype).removeprefix("torch.")
 
     @property
     def micro_tokens(self) -> int:
@@ -355,7 +361,7 @@ def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
     sampler_rows = min(slots, max(1, MAX_ELEMENTS // config.vocab_size))
     return {
         "cache": float(cache_bytes(config, num_slots=slots + prompts, length=length, bytes_per_number=dtype.itemsize)),
-        "packed weights": float(packed * (_PACKED_INT8_BYTES if are_in_int8() else dtype.itemsize)),
+        "packed weights": float(packed * (_PACKED_INT8_BYTES if workload.in_int8 else dtype.itemsize)),
         "logits": float(slots * config.vocab_size * dtype.itemsize + 2 * sampler_rows * config.vocab_size * 4),
         "recording": float(workload.has_kernels * workload.recorded_tokens * recorded_bytes(config)),
     }

@@ -19,6 +19,7 @@ from strop.models.heads import ScalarModel
 from strop.models.live_memory import LiveMemory
 from strop.models.logprobs import label_logprobs
 from strop.models.lora import attach, fresh_parts
+from strop.native import products
 from strop.optim import AdamW, optimizer_step
 from strop.stages.forecast import Layers, Learner, Measured, Probe, Rollout, Workload
 from strop.types import PackedBatch, SamplingParams, Segment
@@ -29,14 +30,15 @@ def measure(workload: Workload, *, has_times: bool = True) -> Probe:
 
     Without times, which are all 0 then, it takes a quarter of them.
     """
-    _warm_up(workload)
-    import_bytes = resident_bytes()
-    small = Small(workload.learner, workload, num_layers=2)
-    return Probe(
-        learners=tuple(_layers(learner, workload, has_times) for learner in workload.learners.values()),
-        import_bytes=import_bytes,
-        optimizer_seconds=_optimizer_seconds(small, workload) if has_times else 0.0,
-    )
+    with products.int8(workload.in_int8):
+        _warm_up(workload)
+        import_bytes = resident_bytes()
+        small = Small(workload.learner, workload, num_layers=2)
+        return Probe(
+            learners=tuple(_layers(learner, workload, has_times) for learner in workload.learners.values()),
+            import_bytes=import_bytes,
+            optimizer_seconds=_optimizer_seconds(small, workload) if has_times else 0.0,
+        )
 
 
 class Small:

@@ -38,6 +38,7 @@ from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, gener
 from strop.stages import held_out
 from strop.stages.begin import (
     chosen_dtype,
+    in_its_dtype,
     kept_tokenizer,
     load_policy,
     load_reference,
@@ -213,6 +214,7 @@ def evaluate(actors: Actors, tasks: Sequence[Task], config: Config) -> dict[str,
     )
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     """Reinforce; returns the run folder. Raises ValueError for bad input, DivergedError when updates keep failing."""
     task_rows = load_rows(config.tasks)

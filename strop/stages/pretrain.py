@@ -14,7 +14,7 @@ from strop.generation import Engine
 from strop.models import CausalLM, Checkpointing, ModelConfig, init_model, load_model, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_tokenizer
+from strop.stages.begin import at_least, check_optimizer, chosen_dtype, in_its_dtype, kept_tokenizer, load_tokenizer
 from strop.stages.supervised import restore, save_failed_batch, supervised_step
 from strop.tokenizer import Tokenizer, train_bpe
 from strop.types import Request, SamplingParams
@@ -143,6 +143,7 @@ class Config:
         self.model.check()
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     """Pre-train; returns the run folder. Raises ValueError for bad input, DivergedError when updates keep failing."""
     hashes = {source.path: source_hash(source.path) for source in config.data}

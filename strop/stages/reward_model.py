@@ -46,7 +46,7 @@ from strop.objectives.aggregate import masked_sum
 from strop.objectives.reward_model import kwise_loss, pair_centring, plackett_luce_loss
 from strop.optim import AdamW, SkippedSteps, optimizer_step
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
-from strop.stages.begin import chosen_dtype, kept_tokenizer, load_tokenizer
+from strop.stages.begin import chosen_dtype, in_its_dtype, kept_tokenizer, load_tokenizer
 from strop.stages.compared import check_fits, micro_batches
 from strop.stages.reward_model_config import Config
 from strop.stages.supervised import restore, save_failed_batch
@@ -140,6 +140,7 @@ def score_all(model: ScalarModel, comparisons: Sequence[Comparison], *, max_toke
     return scores
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     """Learn the preferences; returns the run folder. Raises ValueError for bad input, DivergedError as SkippedSteps."""
     sources = {"data": config.data, "eval_data": config.eval_data, "reference_data": config.reference_data}

@@ -37,7 +37,7 @@ from strop.rollouts.games import Game, Move, OpponentPlayer, Player, PolicyPlaye
 from strop.rollouts.logprobs import frozen_logprobs, token_logprobs
 from strop.rollouts.prompts import Sampling
 from strop.runs import Interrupt, Progress, RunFolder, Start, derive_seed, generator, start_run
-from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
+from strop.stages.begin import chosen_dtype, in_its_dtype, kept_tokenizer, load_policy, load_tokenizer
 from strop.stages.selfplay_config import START, Config
 from strop.stages.selfplay_past import PastSelves
 from strop.tokenizer import Tokenizer
@@ -129,7 +129,8 @@ def play_games(actors: Actors, config: Config, step: int) -> tuple[list[Game], i
         ).tolist(),
         max_moves=config.max_moves,
     )
-    actors.engine.release()
+    for player in (past, present):
+        player.engine.release()
     return games, past_step
 
 
@@ -299,6 +300,7 @@ def evaluate(actors: Actors, config: Config) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in found.items()}
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     """Play and learn; returns the run folder. ValueError for bad input, DivergedError when updates keep failing."""
     start = start_run(

@@ -10,7 +10,15 @@ from strop.data import PackedBatches, load_rows, sft_examples
 from strop.models import Checkpointing, LoraConfig, save_model
 from strop.optim import OptimizerConfig, SkippedSteps
 from strop.runs import Interrupt, Progress, derive_seed, start_run
-from strop.stages.begin import at_least, check_optimizer, chosen_dtype, kept_tokenizer, load_policy, load_tokenizer
+from strop.stages.begin import (
+    at_least,
+    check_optimizer,
+    chosen_dtype,
+    in_its_dtype,
+    kept_tokenizer,
+    load_policy,
+    load_tokenizer,
+)
 from strop.stages.supervised import check_lengths, mean_loss, restore, save_failed_batch, supervised_step
 
 
@@ -69,6 +77,7 @@ class Config:
             raise ValueError(f"batch_tokens={self.batch_tokens} cannot hold an example of max_length={self.max_length}")
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool) -> Path:
     """Fine-tune; returns the run folder. Raises ValueError for bad input, DivergedError when updates keep failing."""
     rows = load_rows(config.data)

@@ -34,7 +34,7 @@ from strop.rollouts.prompts import encode_prompts
 from strop.rollouts.report import sample_rows, save_failed_rollout
 from strop.runs import Interrupt, Progress, Start, derive_seed, start_run
 from strop.stages import grpo
-from strop.stages.begin import chosen_dtype, kept_tokenizer, load_policy, load_reference, load_tokenizer
+from strop.stages.begin import chosen_dtype, in_its_dtype, kept_tokenizer, load_policy, load_reference, load_tokenizer
 from strop.stages.ttrl_config import Config
 from strop.stages.ttrl_labels import Labels
 from strop.stages.ttrl_prompts import Prompts, split, unlabelled
@@ -96,6 +96,7 @@ def measure(
     return agreement_metrics(groups, watch.base_answers, config.answer_pattern) | labels.held_out(tasks, groups)
 
 
+@in_its_dtype
 def train(config: Config, *, name: str, runs_dir: Path, resume: bool, reward: Reward | None = None) -> Path:
     """Adapt to unlabelled prompts; returns the run folder, whose newest checkpoint is the result.
 

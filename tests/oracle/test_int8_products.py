@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +13,11 @@ import torch
 from torch import Tensor
 
 from strop.models import ModelConfig, compute_in, init_model, load_model, save_model
+from strop.models.heads import add_scalar_head, load_scalar_model, save_scalar_model
 from strop.models.precision import name_of
 from strop.native import build, kernels, products
+from strop.objectives.logprobs import linear_self_certainty
+from strop.rewards.judge_backends import LocalModel
 from strop.types import PackedBatch, Segment
 
 BLOCK = 64
@@ -174,6 +180,27 @@ def test_a_rollout_sees_the_trainers_numbers_to_the_bit(name: str, in_int8: bool
         assert torch.equal(logits, whole[last])
 
 
+@pytest.mark.parametrize("num_rows", range(1, 17))
+def test_a_decode_step_of_any_number_of_rows_gives_the_trainers_numbers(num_rows: int) -> None:
+    """From 8 rows on there are two tiles, of one height or of two."""
+    model = init_model(MODELS["three heads share"], seed=0, dtype=torch.bfloat16)
+    ids = torch.randint(0, 96, (num_rows, 6), generator=torch.Generator().manual_seed(num_rows))
+    batch = PackedBatch(
+        token_ids_T=ids.flatten(),
+        labels_T=ids.flatten(),
+        loss_mask_T=torch.ones(ids.numel(), dtype=torch.bool),
+        segments=(Segment(trunk=6),) * num_rows,
+    )
+    with products.int8(), torch.no_grad():
+        cache = model.new_cache(num_slots=num_rows, max_length=6)
+        model.prefill(ids[:, :5].tolist(), cache, range(num_rows))
+        with model.decoding(num_rows):
+            hidden = model.decode_step(ids[:, 5], cache)
+            logits = model.logits(hidden)
+        assert torch.equal(hidden, model.hidden(batch).view(num_rows, 6, -1)[:, 5])
+        assert torch.equal(logits, model.logits(hidden))
+
+
 def test_8_bits_are_near_to_bf16_and_nothing_else() -> None:
     model = init_model(MODELS["three heads share"], seed=0, dtype=torch.bfloat16)
     ids = torch.arange(90)
@@ -203,15 +230,100 @@ def test_where_8_bits_cannot_be_had_it_says_why(tmp_path: Path, monkeypatch: pyt
         compute_in("int8", "cuda")
     narrow = ModelConfig(**SHAPE, num_heads=4, num_kv_heads=2, head_dim=16)
     save_model(init_model(narrow, seed=0), tmp_path)
-    with products.int8(), pytest.raises(ValueError, match="multiples of 32"):
+    with (
+        products.int8(),
+        pytest.raises(ValueError, match=f"{tmp_path}: .* needs head_dim \\(16\\) to be a multiple of 32"),
+    ):
         load_model(tmp_path, dtype=torch.bfloat16)
     with products.int8():
         assert load_model(tmp_path, dtype=torch.float32).dtype == torch.float32  # float32 stays what it is
     monkeypatch.setattr(products, "library", lambda: None)
-    monkeypatch.setattr(products, "why_unavailable", lambda: "there is no C++ compiler (install g++)")
-    with pytest.raises(ValueError, match=r'dtype="int8" cannot be had here: there is no C\+\+ compiler'):
+    monkeypatch.setattr(build, "_compiler", lambda: None)
+    with pytest.raises(ValueError, match=r'dtype="int8" cannot be had here: there is no C\+\+ compiler') as refusal:
+        compute_in("int8")
+    assert "start a new run from its checkpoint" in str(refusal.value)  # a resumed one may not change its dtype
+    monkeypatch.setattr(build, "_compiler", lambda: "g++")
+    monkeypatch.setattr(build, "_compiler_said", "In file a.cpp:\na.cpp:3: error: expected ';'\n  3 | int x\n")
+    with pytest.raises(ValueError, match=r"do not compile \(a\.cpp:3: error: expected ';'\)"):
         compute_in("int8")
     assert not products.are_in_int8()
+
+
+def test_a_vocabulary_that_is_no_multiple_of_32_is_refused(tmp_path: Path) -> None:
+    """The trainer would multiply parts of its head in 8 bits and the rest in 16. A scalar model has no such head."""
+    config = dataclasses.replace(MODELS["llama"], vocab_size=100)
+    model = init_model(config, seed=0, dtype=torch.bfloat16)
+    save_model(model, tmp_path / "model")
+    save_scalar_model(add_scalar_head(model, seed=0), tmp_path / "scalar")
+    with products.int8():
+        with pytest.raises(ValueError, match=r'needs vocab_size \(100\) to be a multiple of 32: use "bfloat16"'):
+            load_model(tmp_path / "model")
+        with pytest.raises(ValueError, match="vocab_size"):
+            init_model(config, seed=0, dtype=torch.bfloat16)
+        assert load_scalar_model(tmp_path / "scalar").dtype == torch.bfloat16
+
+
+def test_a_scalar_model_of_other_widths_is_refused(tmp_path: Path) -> None:
+    model = init_model(dataclasses.replace(MODELS["llama"], intermediate_size=144), seed=0, dtype=torch.bfloat16)
+    save_scalar_model(add_scalar_head(model, seed=0), tmp_path)
+    assert load_scalar_model(tmp_path).dtype == torch.bfloat16
+    with products.int8():
+        with pytest.raises(
+            ValueError, match=f"{tmp_path}: .* needs intermediate_size \\(144\\) to be a multiple of 32"
+        ):
+            load_scalar_model(tmp_path)
+        assert load_scalar_model(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_what_is_not_contiguous_is_in_8_bits_too() -> None:
+    x, weight, grad = random(40, 128, seed=1), random(64, 128, seed=2), random(40, 64, seed=3)
+    turned = [tensor.T.contiguous().T for tensor in (x, weight, grad)]
+    with products.int8():
+        assert torch.equal(products.linear(turned[0], turned[1]), products.linear(x, weight))
+        assert torch.equal(products.input_gradient(turned[2], turned[1]), products.input_gradient(grad, weight))
+        assert torch.equal(products.weight_gradient(turned[2], turned[0]), products.weight_gradient(grad, x))
+
+
+def test_the_head_is_in_8_bits_wherever_it_is_asked() -> None:
+    """Outside of a rollout as in it; and with the gradient that training would take."""
+    model = init_model(MODELS["seven heads share"], seed=0, dtype=torch.bfloat16)
+    hidden, weight = random(5, 96, seed=1).requires_grad_(), model.lm_head_weight
+    with products.int8():
+        logits = model.logits(hidden)
+        assert torch.equal(logits.detach(), products.linear(hidden.detach(), weight.detach()))
+        assert torch.equal(model.logits(hidden[2]), logits[2])
+        logits.sum().backward()
+        assert hidden.grad is not None
+        assert torch.equal(hidden.grad, products.input_gradient(torch.ones_like(logits), weight.detach()))
+        law = linear_self_certainty(hidden.detach(), weight.detach())
+        z = logits.detach().float()
+        assert torch.equal(law, z.logsumexp(-1) - z.mean(-1) - math.log(96))
+    assert not torch.equal(model.logits(hidden), logits)
+
+
+def test_training_gets_back_the_room_of_a_frozen_model() -> None:
+    model = init_model(MODELS["llama"], seed=0, dtype=torch.bfloat16).requires_grad_(False)
+    with model.decoding(1):
+        pass
+    assert model._native_room is not None  # kept for the next rollout
+    model.release()
+    assert model._native_room is None
+
+
+def test_a_judges_marks_in_8_bits_are_not_those_of_its_cache(tiny_folder: Path, tmp_path: Path) -> None:
+    shape = dataclasses.replace(MODELS["llama"], vocab_size=320)
+    save_model(init_model(shape, seed=0, dtype=torch.bfloat16), tmp_path)
+    for file in tiny_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    question = [{"role": "user", "content": "How good is it?"}]
+    judges, marks = [], []
+    for in_int8 in (False, True):
+        with products.int8(in_int8):
+            judges.append(LocalModel(str(tmp_path)))
+            marks += judges[-1].marks([question])
+    assert marks[0] != marks[1] and abs(marks[0] - marks[1]) < 0.1
+    assert judges[1].identity == judges[0].identity + " in int8"
 
 
 def test_float32_tensors_are_left_alone() -> None:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from strop.cli.config import build, read_values
 from strop.cli.stages import load_stage
 from strop.cli.workload import smaller, workload
-from strop.models import LoraConfig, load_model
+from strop.models import LoraConfig, ModelConfig, init_model, load_model, save_model
 from strop.models.heads import add_scalar_head, save_scalar_model
-from strop.stages.forecast import Workload
+from strop.native.build import why_unavailable
+from strop.native.products import are_in_int8
+from strop.stages.forecast import Workload, forecast
+from strop.stages.forecast_probe import measure
 
 RECIPES: dict[str, str] = {
     "reward-model": 'data = "pairs.jsonl"\nbatch_size = 4\nmicro_batch_tokens = 30\n',
@@ -48,9 +52,9 @@ def here(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
-def planned(name: str, *, extra: str = "") -> tuple[Any, Workload]:
+def planned(name: str, *, extra: str = "", dtype: str = "bfloat16") -> tuple[Any, Workload]:
     stage = load_stage(name.partition(":")[0])
-    table = tomllib.loads('from = "tiny"\nnum_steps = 2\ndtype = "bfloat16"\n' + RECIPES[name] + extra)
+    table = tomllib.loads(f'from = "tiny"\nnum_steps = 2\ndtype = "{dtype}"\n' + RECIPES[name] + extra)
     config = build(stage.Config, read_values(table, stage.Config, name), name)
     return config, workload(name.partition(":")[0], config, Path("runs"))
 
@@ -137,3 +141,24 @@ def test_advice_names_what_the_stage_can_do(here: Path):
     assert "lora.rank = 8" not in advice("dpo") | advice("ttrl") | advice("reward-model")
     assert {'critic.network = "shared"', "kl_coef = 0"} <= advice("ppo")
     assert 'critic.network = "shared"' not in advice("ppo:shared")
+
+
+def test_int8_is_forecast_as_the_run_has_it(here: Path):
+    """Refused for what the run refuses, counted in its bytes, and set while it is measured only."""
+    reason = why_unavailable()
+    if reason is not None and not reason.startswith("there is no C++ compiler"):
+        pytest.skip(reason)  # another processor; a missing compiler is a failure
+    with pytest.raises(ValueError, match=r"needs head_dim \(8\) to be a multiple of 32"):
+        planned("ppo", dtype="int8")
+    wide = ModelConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32
+    )
+    save_model(init_model(wide, seed=0), here / "tiny")
+    packed = {}
+    for dtype in ("bfloat16", "int8"):
+        _, work = planned("ttrl", dtype=dtype)
+        assert (work.dtype, work.dtype_name) == (torch.bfloat16, dtype) and not are_in_int8()
+        result = forecast(work, measure(work, has_times=False))
+        packed[dtype] = result.phases["rollout"]["packed weights"]
+    assert not are_in_int8()
+    assert packed["int8"] == pytest.approx(packed["bfloat16"] * (1 + 8 / 64) / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -17,9 +18,12 @@ import pytest
 import torch
 
 from strop.cli.main import main
+from strop.models import compute_in, load_model
+from strop.models.heads import add_scalar_head, save_scalar_model
 from strop.native.build import why_unavailable
-from strop.native.products import set_int8
+from strop.native.products import are_in_int8, int8
 from strop.runs import RunFolder, load_training_state, read_lines
+from strop.stages.begin import in_its_dtype
 
 PRETRAIN = """
 data = [{ path = "corpus.txt" }]
@@ -517,27 +521,70 @@ def test_the_measured_dtype_is_settled_once(
     assert config["dtype"] == "bfloat16"
 
 
-def test_int8_is_refused_for_a_model_that_cannot_and_kept_by_a_run_that_can(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def int8_works() -> None:
     reason = why_unavailable()
     if reason is not None and not reason.startswith("there is no C++ compiler"):
         pytest.skip(reason)  # another processor; a missing compiler is a failure
+
+
+def test_int8_is_refused_for_a_model_that_cannot_and_kept_by_a_run_that_can(
+    here: Path, capsys: pytest.CaptureFixture[str], int8_works: None
+) -> None:
     change("pretrain.toml", 'dtype = "float32"\n', 'dtype = "int8"\n')
     error = refused(capsys, "pretrain", "pretrain.toml")
     assert 'dtype="int8" needs hidden_size' in error and 'use "bfloat16"' in error
+    assert not are_in_int8()
     wide = ["--model.hidden-size", "64", "--model.num-heads", "2", "--model.num-kv-heads", "1"]
     wide += ["--model.intermediate-size", "96"]
-    try:
-        assert main(["pretrain", "pretrain.toml", *wide]) == 0
-        assert "compute dtype int8" in capsys.readouterr().out.splitlines()
-        assert RunFolder.open("runs", "pretrain").info["dtype"] == "int8"
-        shutil.rmtree("runs/pretrain/checkpoints")  # as if killed before the first one
-        assert main(["pretrain", "pretrain.toml", *wide, "--resume"]) == 0
-        assert "compute dtype int8" in capsys.readouterr().out.splitlines()
-        losses = [line["loss"] for line in read_lines(Path("runs/pretrain/metrics.jsonl"))]
-        assert losses and all(math.isfinite(loss) for loss in losses)
-        assert main(["generate", "pretrain", "--prompt", "the", "--dtype", "int8", "--max-new-tokens", "2"]) == 0
-        assert ": int8, weights" in capsys.readouterr().err
-    finally:
-        set_int8(False)
+    assert main(["pretrain", "pretrain.toml", *wide]) == 0
+    assert "compute dtype int8" in capsys.readouterr().out.splitlines()
+    assert RunFolder.open("runs", "pretrain").info["dtype"] == "int8"
+    assert not are_in_int8()  # what comes after the run is computed as before it
+    shutil.rmtree("runs/pretrain/checkpoints")  # as if killed before the first one
+    assert main(["pretrain", "pretrain.toml", *wide, "--resume"]) == 0
+    assert "compute dtype int8" in capsys.readouterr().out.splitlines()
+    losses = [line["loss"] for line in read_lines(Path("runs/pretrain/metrics.jsonl"))]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    assert main(["generate", "pretrain", "--prompt", "the", "--dtype", "int8", "--max-new-tokens", "2"]) == 0
+    assert ": int8, weights" in capsys.readouterr().err
+    assert not are_in_int8()
+
+
+def test_a_caller_in_int8_gets_it_back_and_the_run_does_not_have_it(here: Path, int8_works: None) -> None:
+    seen = []
+
+    @in_its_dtype
+    def train(config: Any, **_: Any) -> Path:
+        seen.append(are_in_int8())
+        compute_in("int8")
+        return Path()
+
+    @dataclasses.dataclass
+    class Config:
+        dtype: str
+        device: str = "cpu"
+
+    with int8():
+        train(Config("bfloat16"), name="x")
+        assert are_in_int8()
+    train(Config("int8"), name="x")
+    assert seen == [False, True] and not are_in_int8()
+
+
+@pytest.mark.parametrize("stage", ["grpo", "ppo"])
+def test_a_reward_model_that_cannot_compute_in_int8_is_refused_by_its_name(
+    here: Path, capsys: pytest.CaptureFixture[str], int8_works: None, stage: str
+) -> None:
+    """It is loaded before the policy, and would otherwise be in bfloat16 or not as the order falls out."""
+    model = load_model("tiny", dtype=torch.bfloat16)
+    save_scalar_model(add_scalar_head(model, seed=0), "rm")  # type: ignore[arg-type]
+    shutil.copy("tiny/tokenizer.json", "rm")
+    change(f"{stage}.toml", 'dtype = "float32"\n', 'dtype = "int8"\n')
+    change(
+        f"{stage}.toml",
+        '{ name = "length", options = { target_tokens = 3, width = 3 } }',
+        '{ name = "model", options = { model = "rm" } }',
+    )
+    error = refused(capsys, stage, f"{stage}.toml")
+    assert 'rm: dtype="int8" needs head_dim (8) to be a multiple of 32: use "bfloat16"' in error
