@@ -25,6 +25,7 @@ from strop.models.fused import (
     Known,
     Linear,
     can_pack,
+    gated,
     lora_linear,
     norm_linear,
     recomputed_mlp,
@@ -137,14 +138,15 @@ class Attention(nn.Module):
     def prefill(
         self, x_TD: Tensor, rope: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache, pieces: Sequence[_Piece]
     ) -> Tensor:
-        qkv = self._rotated_(self._normed_heads(self.project(x_TD)), rope)
+        projected = self.qkv.infer(self.norm(x_TD)).view(x_TD.shape[0], -1, self.head_dim)
+        qkv = self._rotated_(self._normed_heads(projected), rope)
         q, k, v = self._split(qkv)
         for piece in pieces:
             cache.write(self.layer, piece.slot, k[piece.rows], v[piece.rows], piece.start)
         if cache.recording is not None:
             cache.recording.write(self.layer, projection=qkv.flatten(1))
         if plan.num_tokens == x_TD.shape[0]:
-            return self.output(plan.attend_projected_(qkv, None, self.num_kv_heads, self.scale).flatten(1))
+            return self.output.infer(plan.attend_projected_(qkv, None, self.num_kv_heads, self.scale).flatten(1))
         # Before each piece, the keys and values of its prompt that the cache has already; no query looks from there.
         wide_q, wide_k, wide_v = (x.new_zeros(plan.num_tokens, *x.shape[1:]) for x in (q, k, v))
         for piece in pieces:
@@ -153,7 +155,7 @@ class Attention(nn.Module):
             wide_k[before] = cache.keys[self.layer, piece.slot, :, : piece.end].transpose(0, 1)
             wide_v[before] = cache.values[self.layer, piece.slot, :, : piece.end].transpose(0, 1)
         out = plan.attend(wide_q, wide_k, wide_v, self.scale)
-        return self.output(torch.cat([out[piece.wide_rows] for piece in pieces]).flatten(1))
+        return self.output.infer(torch.cat([out[piece.wide_rows] for piece in pieces]).flatten(1))
 
     def decode(self, x_SD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, step: _DecodeStep) -> Tensor:
         """One query per slot against that slot's cache.
@@ -192,6 +194,10 @@ class MLP(nn.Module):
             return recomputed_mlp(x_TD, *weights, self.norm.eps, None if recorded is None else Known(recorded.mlp_TD))
         gate_up = norm_linear(x_TD, self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
         return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora())
+
+    def prefill(self, x_TD: Tensor) -> Tensor:
+        """As forward, without gradient."""
+        return self.down.infer(gated(self.gate_up.infer(self.norm(x_TD))))
 
     def decode(self, x_SD: Tensor) -> Tensor:
         """As forward, for a few rows and without gradient."""
@@ -374,7 +380,7 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             attended_TD = layer.attention.prefill(x_TD, rope, plan, cache, pieces)
             x_TD = x_TD + attended_TD
-            mlp_TD = layer.mlp(x_TD)
+            mlp_TD = layer.mlp.prefill(x_TD)
             x_TD = x_TD + mlp_TD
             if cache.recording is not None:
                 cache.recording.write(index, attended=attended_TD, mlp=mlp_TD)
@@ -395,6 +401,8 @@ class Decoder(nn.Module):
                 self._native = NativeDecode(self, self._native_room)
                 yield
             finally:
+                if self._native is not None:
+                    self._native.close()
                 # Fresh memory costs as much as filling it; a model in training has a use for that of its own.
                 is_frozen = not any(parameter.requires_grad for parameter in self.parameters())
                 self._native_room = self._native.room if self._native is not None and is_frozen else None

@@ -7,6 +7,7 @@ that has them, the kernels of strop.native round once where torch rounds after e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,8 @@ class Linear(nn.Linear):
     """
 
     packed: Tensor | None = None
+    arranged: Callable[[Tensor], Tensor] | None = None
+    """The product from the copy that the C++ decode step has of the weight, while there is one (models/native.py)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -116,6 +119,10 @@ class Linear(nn.Linear):
     def unpack(self) -> None:
         self.packed = None
 
+    def infer(self, x_TD: Tensor) -> Tensor:
+        """The product without gradient, the same to the bit; from an arranged weight where there is one."""
+        return self.forward(x_TD) if self.arranged is None else self.arranged(x_TD)
+
     def decode(self, x_SD: Tensor) -> Tensor:
         """The product for a few rows, without gradient; from the packed weight where there is one."""
         if self.packed is None:
@@ -134,7 +141,7 @@ def can_pack(weight: Tensor) -> bool:
 def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None = None) -> Tensor:
     """lora_linear(silu(gate) * up), shape (T, D). Of its activations only gate_up is kept (Shazeer 2020, SwiGLU)."""
     if not torch.is_grad_enabled():
-        return lora_linear(_gated(gate_up_TI), weight, bias, lora)
+        return lora_linear(gated(gate_up_TI), weight, bias, lora)
     return _SwigluLinear.apply(gate_up_TI, weight, bias, *(lora or (None, None)))
 
 
@@ -154,7 +161,7 @@ def recomputed_mlp(
         if known is not None:
             return known.value
         return lora_linear(
-            _gated(lora_linear(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias, None)),
+            gated(lora_linear(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias, None)),
             down_weight, down_bias, None,
         )  # fmt: skip
     return _RecomputedMLP.apply(x_TD, norm_weight, gate_up_weight, gate_up_bias, down_weight, down_bias, eps, known)
@@ -328,7 +335,7 @@ def _rms_norm_gradients(grad_TD: Tensor, x_TD: Tensor, weight: Tensor, eps: floa
     return dx.to(x_TD.dtype), dweight.to(weight.dtype)
 
 
-def _gated(gate_up_TI: Tensor) -> Tensor:
+def gated(gate_up_TI: Tensor) -> Tensor:
     """silu(gate) * up."""
     if native.has_kernels(gate_up_TI):
         return native.swiglu(gate_up_TI)
@@ -364,7 +371,7 @@ class _SwigluLinear(torch.autograd.Function):
         up_DR: Tensor | None,
     ) -> Tensor:
         y_TD = _room_for_product(gate_up_TI, weight)
-        y_TD, inner_TR = _lora_forward(_gated(gate_up_TI), weight, bias, down_RI, up_DR, out=y_TD)
+        y_TD, inner_TR = _lora_forward(gated(gate_up_TI), weight, bias, down_RI, up_DR, out=y_TD)
         ctx.save_for_backward(gate_up_TI, weight, down_RI, up_DR, inner_TR)
         return y_TD
 
@@ -381,7 +388,7 @@ class _SwigluLinear(torch.autograd.Function):
                 grad_TI.addmm_(grad_TD @ up_DR, down_RI)
             gated_TI, dgate_up = _gated_gradients_(grad_TI, gate_up_TI)
         elif needs_weight or needs_down:
-            gated_TI = _gated(gate_up_TI)
+            gated_TI = gated(gate_up_TI)
         if dweight is not None and gated_TI is not None:
             weight_gradient(grad_TD, gated_TI, out=dweight)
         _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
@@ -407,7 +414,7 @@ class _RecomputedMLP(torch.autograd.Function):
             return known.value
         y_TD = _room_for_product(x_TD, down_weight)
         gate_up_TI = _product(_normed(x_TD, norm_weight, eps), gate_up_weight, gate_up_bias)
-        return _product(_gated(gate_up_TI), down_weight, down_bias, out=y_TD)
+        return _product(gated(gate_up_TI), down_weight, down_bias, out=y_TD)
 
     @staticmethod
     @once_differentiable

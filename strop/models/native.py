@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _LANES = 16
 _GROUP = 2 * _LANES
+_SIDE_BY_SIDE = (_GROUP, _LANES)
+"""Stride and second of a packed weight (`pack` in decode.cpp) whose groups are neighbours. Those of gate and up have 16
+of either."""
 _ALIGNMENT = 64
 _POINTERS = (
     *("attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "output", "output_bias"),
@@ -69,6 +72,7 @@ class NativeDecode:
         self.room = room
         self._unused = room[-room.data_ptr() % _ALIGNMENT :]
         self._tensors: list[Tensor] = []  # what the pointers point to
+        self._arranged: list[Linear] = []
         self._layers = (_Layer * config.num_layers)(
             *(self._layer(layer.attention, layer.mlp) for layer in model.layers)
         )
@@ -114,20 +118,42 @@ class NativeDecode:
         )
         return logits_SV
 
+    def close(self) -> None:
+        """No Linear uses the arranged weights any more."""
+        for linear in self._arranged:
+            linear.arranged = None
+
+    def _product(
+        self, x_TI: Tensor, packed: int, bias_O: Tensor | None, num_columns: int, layout: tuple[int, int]
+    ) -> Tensor:
+        """x W^T + bias, (T, O), from a packed weight."""
+        num_rows, width = x_TI.shape
+        y_TO = x_TI.new_empty(num_rows, num_columns)
+        x_TI = x_TI.contiguous()
+        self._kernel("strop_gemm_packed")(
+            ctypes.c_void_p(x_TI.data_ptr()),
+            ctypes.c_void_p(packed),
+            None if bias_O is None else ctypes.c_void_p(bias_O.data_ptr()),
+            ctypes.c_void_p(y_TO.data_ptr()),
+            *map(ctypes.c_int64, (num_rows, num_columns, width, *layout)),
+            ctypes.c_int(torch.get_num_threads()),
+        )
+        return y_TO
+
     def _layer(self, attention: Attention, mlp: MLP) -> _Layer:
         q_norm, k_norm = attention.q_norm, attention.k_norm
         return _Layer(
             attention_norm=self._kept(attention.norm.weight),
-            qkv=self._packed(attention.qkv.merged_weight()),
+            qkv=self._linear(attention.qkv),
             qkv_bias=self._kept(attention.qkv.bias),
             q_norm=self._kept(None if q_norm is None else q_norm.weight),
             k_norm=self._kept(None if k_norm is None else k_norm.weight),
-            output=self._packed(attention.output.merged_weight()),
+            output=self._linear(attention.output),
             output_bias=self._kept(attention.output.bias),
             mlp_norm=self._kept(mlp.norm.weight),
-            gate_up=self._packed(mlp.gate_up.merged_weight(), is_gated=True),
+            gate_up=self._linear(mlp.gate_up, (_LANES, mlp.gate_up.out_features // 2)),
             gate_up_bias=self._kept(mlp.gate_up.bias),
-            down=self._packed(mlp.down.merged_weight()),
+            down=self._linear(mlp.down),
             down_bias=self._kept(mlp.down.bias),
             has_rope=attention.has_rope,
         )
@@ -149,16 +175,25 @@ class NativeDecode:
         self._tensors.append(tensor.detach().contiguous())
         return self._tensors[-1].data_ptr()
 
-    def _packed(self, weight: Tensor, *, is_gated: bool = False) -> int:
-        """The weight in groups of 32 output columns: neighbours, or 16 of the gate with the same 16 of up."""
+    def _linear(self, linear: Linear, layout: tuple[int, int] = _SIDE_BY_SIDE) -> int:
+        """A Linear's packed weight, which its own products without gradient use as well from now on, where they are the
+        same to the bit: without an adapter, which is merged here and is not there."""
+        packed = self._packed(linear.merged_weight(), layout)
+        if linear.adapter is None and linear.in_features % _GROUP == 0 and linear.out_features % _GROUP == 0:
+            bias = linear.bias if linear.bias is None else linear.bias.detach().contiguous()
+            linear.arranged = lambda x_TI: self._product(x_TI, packed, bias, linear.out_features, layout)
+            self._arranged.append(linear)
+        return packed
+
+    def _packed(self, weight: Tensor, layout: tuple[int, int] = _SIDE_BY_SIDE) -> int:
+        """The weight in groups of 32 output columns: see `pack` in decode.cpp."""
         num_columns, width = weight.shape
         num_bytes = self._packed_bytes(weight)
         packed, self._unused = self._unused[:num_bytes], self._unused[num_bytes:]
-        stride, second = (_LANES, num_columns // 2) if is_gated else (_GROUP, _LANES)
         weight = weight.detach().contiguous()
         self._kernel("strop_pack")(
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (weight, packed)),
-            *map(ctypes.c_int64, (num_columns // _GROUP, width, stride, second, torch.get_num_threads())),
+            *map(ctypes.c_int64, (num_columns // _GROUP, width, *layout, torch.get_num_threads())),
         )
         self._tensors.append(packed)
         return packed.data_ptr()

@@ -63,6 +63,8 @@ struct Gemm {
     bool a_is_columns, b_is_rows;
     Tiling tiling;
     long pairs, num_panels;
+    const uint32_t* packed_b = nullptr;  // in place of b: all panels, arranged before
+    PanelPlace place;
 
     long tile_words() const { return pairs * tiling.height; }
     long panel_words() const { return pairs * GROUP; }
@@ -86,24 +88,29 @@ struct Gemm {
         if (b_is_rows) pack_panel(b + panel * GROUP * length, LANES * length, length, target);
         else pack_panel_of_columns(b + panel * GROUP, columns, length, target);
     }
+    const uint32_t* panel_at(long panel, uint32_t* room) const {
+        if (packed_b) return packed_b + panel * panel_words();
+        pack_b(panel, room);
+        return room;
+    }
     template <int ROWS>
     void multiply_tile(long tile, const uint32_t* packed_tile, long panel, const uint32_t* packed_panel) const {
         __m512 sums[ROWS][2];
         product_tile<ROWS>(packed_tile, packed_panel, pairs, sums);
-        bf16* target = c + tile * ROWS * columns + panel * GROUP;
+        const long column = panel * place.stride;
+        bf16* target = c + tile * ROWS * columns + column;
         const long used = std::min<long>(ROWS, rows - tile * ROWS);
         if (bias) {
-            const __m512 left = load16(bias + panel * GROUP), right = load16(bias + panel * GROUP + LANES);
+            const __m512 left = load16(bias + column), right = load16(bias + column + place.second);
             for (int r = 0; r < used; r++) sums[r][0] = _mm512_add_ps(sums[r][0], left), sums[r][1] = _mm512_add_ps(sums[r][1], right);
         }
-        for (int r = 0; r < used; r++)
-            _mm512_storeu_si512(target + r * columns, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+        for (int r = 0; r < used; r++) place.store(target + r * columns, sums[r][0], sums[r][1]);
     }
     template <int ROWS>
     void run(int threads) const {
         static thread_local Workspace of_caller;
         const bool shares_a = rows <= columns;
-        uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : num_panels * panel_words());
+        uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : packed_b ? 0 : num_panels * panel_words());
 #pragma omp parallel num_threads(threads)
         {
             static thread_local Workspace own;
@@ -113,23 +120,34 @@ struct Gemm {
                 for (long batch = 0; batch < num_batches(); batch++) pack_a(batch, shared + batch * TILES_PER_BATCH * tile_words());
 #pragma omp for schedule(static)
                 for (long panel = 0; panel < num_panels; panel++) {
-                    pack_b(panel, piece);
-                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel, piece);
+                    const uint32_t* columns_of = panel_at(panel, piece);
+                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel, columns_of);
                 }
             } else {
+                const uint32_t* all = packed_b ? packed_b : shared;
 #pragma omp for schedule(static)
-                for (long panel = 0; panel < num_panels; panel++) pack_b(panel, shared + panel * panel_words());
+                for (long panel = 0; panel < (packed_b ? 0 : num_panels); panel++) pack_b(panel, shared + panel * panel_words());
 #pragma omp for schedule(static)
                 for (long batch = 0; batch < num_batches(); batch++) {
                     const long count = pack_a(batch, piece);
                     for (long panel = 0; panel < num_panels; panel++)
                         for (long i = 0; i < count; i++)
-                            multiply_tile<ROWS>(batch * TILES_PER_BATCH + i, piece + i * tile_words(), panel, shared + panel * panel_words());
+                            multiply_tile<ROWS>(batch * TILES_PER_BATCH + i, piece + i * tile_words(), panel, all + panel * panel_words());
                 }
             }
         }
     }
 };
+
+void run(const Gemm& gemm, int threads) {
+    switch (gemm.tiling.height) {
+#define ROWS_CASE(n) \
+    case n: return gemm.run<n>(threads)
+        ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
+        ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
+#undef ROWS_CASE
+    }
+}
 
 }  // namespace
 
@@ -138,12 +156,12 @@ struct Gemm {
 // it as its last dimension.
 extern "C" void strop_gemm(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
     const Tiling tiling(rows, MAX_TILE_ROWS, 4);
-    const Gemm gemm{a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, (length + 1) / 2, columns / GROUP};
-    switch (tiling.height) {
-#define ROWS_CASE(n) \
-    case n: return gemm.run<n>(threads)
-        ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
-        ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
-#undef ROWS_CASE
-    }
+    run(Gemm{a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, (length + 1) / 2, columns / GROUP}, threads);
+}
+
+// C (rows, columns) = A B^T plus bias, A (rows, length), where B is there as decode.cpp's `pack` arranged it, with this
+// stride and second.
+extern "C" void strop_gemm_packed(const bf16* a, const uint32_t* packed, const bf16* bias, bf16* c, long rows, long columns, long length, long stride, long second, int threads) {
+    const Tiling tiling(rows, MAX_TILE_ROWS, 4);
+    run(Gemm{a, nullptr, bias, c, rows, columns, length, false, true, tiling, (length + 1) / 2, columns / GROUP, packed, {stride, second}}, threads);
 }

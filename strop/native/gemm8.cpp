@@ -18,6 +18,8 @@ struct Gemm8 {
     bool a_is_columns, b_is_rows;
     Tiling tiling;
     long blocks, num_panels;
+    const ColumnBlock* packed_b = nullptr;  // in place of b: all panels, arranged before
+    PanelPlace place;
 
     long tile_words() const { return blocks * tile_block_words(tiling.height); }
     long num_batches() const { return (tiling.count + TILES_PER_BATCH - 1) / TILES_PER_BATCH; }
@@ -65,26 +67,31 @@ struct Gemm8 {
             correct(target + block);
         }
     }
+    const ColumnBlock* panel_at(long panel, ColumnBlock* room) const {
+        if (packed_b) return packed_b + panel * blocks;
+        pack_b(panel, room);
+        return room;
+    }
     template <int ROWS>
     void multiply_tile(long tile, const uint32_t* packed_tile, long panel, const ColumnBlock* packed_panel) const {
         __m512 sums[ROWS][2];
-        bf16* target = c + tile * ROWS * columns + panel * GROUP;
+        const long column = panel * place.stride;
+        bf16* target = c + tile * ROWS * columns + column;
         const long used = std::min<long>(ROWS, rows - tile * ROWS);
         for (int r = 0; r < used; r++) __builtin_prefetch(target + r * columns, 1);  // a write waits for the old line too
         product_tile_8<ROWS, 0>(packed_tile, packed_panel, length, nullptr, sums);
         if (bias) {
-            const __m512 left = load16(bias + panel * GROUP), right = load16(bias + panel * GROUP + LANES);
+            const __m512 left = load16(bias + column), right = load16(bias + column + place.second);
             for (int r = 0; r < used; r++) sums[r][0] = _mm512_add_ps(sums[r][0], left), sums[r][1] = _mm512_add_ps(sums[r][1], right);
         }
-        for (int r = 0; r < used; r++)
-            _mm512_storeu_si512(target + r * columns, (__m512i)_mm512_cvtne2ps_pbh(sums[r][1], sums[r][0]));
+        for (int r = 0; r < used; r++) place.store(target + r * columns, sums[r][0], sums[r][1]);
     }
     template <int ROWS>
     void run(int threads) const {
         static thread_local Workspace of_caller;
         const bool shares_a = rows <= columns;
         const size_t panel_words = blocks * sizeof(ColumnBlock) / sizeof(uint32_t);
-        uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : num_panels * panel_words);
+        uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : packed_b ? 0 : num_panels * panel_words);
 #pragma omp parallel num_threads(threads)
         {
             static thread_local Workspace own;
@@ -95,34 +102,44 @@ struct Gemm8 {
                 for (long batch = 0; batch < num_batches(); batch++) pack_a(batch, shared + batch * TILES_PER_BATCH * tile_words());
 #pragma omp for schedule(static)
                 for (long panel = 0; panel < num_panels; panel++) {
-                    pack_b(panel, panels(piece));
-                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel, panels(piece));
+                    const ColumnBlock* columns_of = panel_at(panel, panels(piece));
+                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel, columns_of);
                 }
             } else {
+                const ColumnBlock* all = packed_b ? packed_b : panels(shared);
 #pragma omp for schedule(static)
-                for (long panel = 0; panel < num_panels; panel++) pack_b(panel, panels(shared + panel * panel_words));
+                for (long panel = 0; panel < (packed_b ? 0 : num_panels); panel++) pack_b(panel, panels(shared + panel * panel_words));
 #pragma omp for schedule(static)
                 for (long batch = 0; batch < num_batches(); batch++) {
                     const long count = pack_a(batch, piece);
                     for (long panel = 0; panel < num_panels; panel++)
                         for (long i = 0; i < count; i++)
-                            multiply_tile<ROWS>(batch * TILES_PER_BATCH + i, piece + i * tile_words(), panel, panels(shared + panel * panel_words));
+                            multiply_tile<ROWS>(batch * TILES_PER_BATCH + i, piece + i * tile_words(), panel, all + panel * blocks);
                 }
             }
         }
     }
 };
 
-}  // namespace
-
-// As strop_gemm. length need not be even.
-extern "C" void strop_gemm8(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
-    const Tiling tiling(rows, MAX_TILE_ROWS_8, 2);
-    const Gemm8 gemm{a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, num_blocks(length), columns / GROUP};
-    switch (tiling.height) {
+void run(const Gemm8& gemm, int threads) {
+    switch (gemm.tiling.height) {
 #define ROWS_CASE(n) \
     case n: return gemm.run<n>(threads)
         ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
 #undef ROWS_CASE
     }
+}
+
+}  // namespace
+
+// As strop_gemm. length need not be even.
+extern "C" void strop_gemm8(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
+    const Tiling tiling(rows, MAX_TILE_ROWS_8, 2);
+    run(Gemm8{a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, num_blocks(length), columns / GROUP}, threads);
+}
+
+// As strop_gemm_packed.
+extern "C" void strop_gemm_packed8(const bf16* a, const ColumnBlock* packed, const bf16* bias, bf16* c, long rows, long columns, long length, long stride, long second, int threads) {
+    const Tiling tiling(rows, MAX_TILE_ROWS_8, 2);
+    run(Gemm8{a, nullptr, bias, c, rows, columns, length, false, true, tiling, num_blocks(length), columns / GROUP, packed, {stride, second}}, threads);
 }

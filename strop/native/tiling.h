@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <new>
 
+#include "simd.h"
+#include "tile.h"
+
 // Memory for packed operands that a thread keeps for its next product: fresh pages cost as much as filling them. It is
 // mapped, so that it lies in no heap where it would keep what was freed around it from going back.
 class Workspace {
@@ -32,6 +35,20 @@ class Workspace {
     }
     void* block_ = nullptr;
     size_t num_bytes_ = 0;
+};
+
+// Where the 16 + 16 columns of panel p go: to column p * stride and to `second` behind it. Neighbours, unless the panels
+// were packed in another order (`pack` in decode.cpp).
+struct PanelPlace {
+    long stride = GROUP, second = LANES;
+    void store(bf16* target, __m512 left, __m512 right) const {
+        if (second == LANES) {
+            _mm512_storeu_si512(target, (__m512i)_mm512_cvtne2ps_pbh(right, left));
+        } else {
+            store16(target, left);
+            store16(target + second, right);
+        }
+    }
 };
 
 // Rows of a matrix cut into tiles of equal height: the height that leaves the fewest rows empty.

@@ -16,7 +16,9 @@ from strop.native.products import input_gradient, linear, weight_gradient
 _CPU_BLOCK_ELEMENTS = 1 << 19
 """Elementwise work on a CPU is done in pieces that stay in cache: 2 MB of float32 instead of 50 is 4x faster."""
 
-_MIN_VOCAB_BLOCK = 1024
+_VOCAB_STEP = 1024
+_MIN_VOCAB_BLOCK = 3 * _VOCAB_STEP
+"""Columns of the vocabulary whose gradient is made at a time, if not more."""
 
 
 def linear_logprobs(
@@ -175,9 +177,10 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight_VD = torch.empty_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
 
-        # A quarter of the forward pass's piece: this is where memory is at its largest.
+        # A quarter of the forward pass's piece: this is where memory is at its largest. But hidden states are arranged
+        # anew for every piece, which with narrow ones costs as much as the products.
         width = max(_MIN_VOCAB_BLOCK, ctx.chunk_size * num_columns // max(4 * num_rows, 1))
-        width = min(num_columns, width // _MIN_VOCAB_BLOCK * _MIN_VOCAB_BLOCK)
+        width = min(num_columns, width // _VOCAB_STEP * _VOCAB_STEP)
         buffer = hidden_RD.new_empty(num_rows * width)
         block_rows = _block_rows(num_rows, width, hidden_RD.device)
         for left in range(0, num_columns, width):

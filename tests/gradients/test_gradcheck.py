@@ -96,6 +96,7 @@ LABELS_R = torch.tensor([0, 6, 3, 3, 5])
 def test_linear_logprobs(
     with_entropy: bool, softcap: float | None, temperature: float, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logprobs, "_VOCAB_STEP", 2)
     monkeypatch.setattr(logprobs, "_MIN_VOCAB_BLOCK", 2)
     monkeypatch.setattr(logprobs, "_CPU_BLOCK_ELEMENTS", 7)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,7 @@ from strop.models.config import ModelConfig
 from strop.models.decoder import Decoder, init_model
 from strop.models.lora import LoraConfig, attach, fresh_parts
 from strop.models.native import can_decode
-from strop.native import build
+from strop.native import build, products
 from strop.types import PackedBatch, Segment
 
 SHAPE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 80, "num_layers": 3}
@@ -181,3 +182,29 @@ def test_sources_that_do_not_compile_are_a_warning(tmp_path: Path, monkeypatch: 
     with pytest.warns(UserWarning, match="do not compile"):
         assert build.library.__wrapped__() is None
     assert subprocess.run(["ls", tmp_path / "cache"], capture_output=True, text=True).stdout == ""
+
+
+@pytest.mark.parametrize("in_int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("name", ["three heads share", "qwen2", "every bias"])
+def test_a_prefill_from_the_packed_weights_has_the_same_bits(name: str, in_int8: bool) -> None:
+    needs_kernels()
+    model = make_model(dataclasses.replace(MODELS[name], intermediate_size=96))
+    rows = [[3 + (7 * row + i) % 90 for i in range(9 + 13 * row)] for row in range(7)]
+
+    def prefilled() -> list[Tensor]:
+        cache = model.new_cache(num_slots=len(rows), max_length=100)
+        hidden = model.prefill(rows, cache, range(len(rows)))
+        used = [(x[:, slot, :, : len(row)]) for slot, row in enumerate(rows) for x in (cache.keys, cache.values)]
+        return [hidden, *(part.clone() for part in used)]
+
+    with products.int8(in_int8):
+        expected = prefilled()
+        with model.decoding(len(rows)):
+            before = prefilled()
+            with torch.no_grad():  # it is a copy as of now
+                for parameter in (model.layers[1].mlp.gate_up.weight, model.layers[0].attention.qkv.weight):
+                    parameter.neg_()
+            assert all(map(torch.equal, prefilled(), before))
+        after = prefilled()
+    assert all(map(torch.equal, before, expected))
+    assert not torch.equal(after[0], expected[0])
