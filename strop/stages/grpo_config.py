@@ -89,7 +89,8 @@ class Config:
     """Completions decoded at the same time."""
     reuse_rollout: bool = True
     """Keep what the policy computes while it samples as the first update's forward pass, where both compute the same
-    bits and the rollout fits into one micro-batch (docs/speed.md). The result is the same, in less time."""
+    bits and the rollout fits into one micro-batch (docs/speed.md). The result is the same, in less time. Every fiftieth
+    step computes it in any case, and compares (engine_gap_exp)."""
     eval: Evaluation = field(default_factory=Evaluation)
     """Held-out evaluation."""
     samples_per_step: int = 8

@@ -175,12 +175,12 @@ def test_grpo_learns_the_same_with_it(
     take = Recording.layers
     monkeypatch.setattr(Recording, "layers", lambda self, rows_T: uses.append(len(rows_T)) or take(self, rows_T))
 
-    def learn(**options: object) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    def learn(first_step: int = 2, **options: object) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
         config = Config(
             init_from=str(tmp_path),
             tasks="",
             rewards=(RewardConfig(name="judge"),),
-            num_steps=10,
+            num_steps=60,
             prompts_per_step=2,
             group_size=4,
             sampling=Sampling(max_new_tokens=12, temperature=0.8),
@@ -200,15 +200,17 @@ def test_grpo_learns_the_same_with_it(
             prompt_ids=encode_prompts(tasks, tokenizer, 12, 256),
         )
         stream = TaskBatches(tasks, batch_size=1, seed=3)
-        metrics = [grpo_step(actors, stream, config, step)[0] for step in (1, 2)]
+        metrics = [grpo_step(actors, stream, config, step)[0] for step in (first_step, first_step + 1)]
         kept = [{k: v for k, v in line.items() if "time" not in k and "seconds" not in k} for line in metrics]
         return {name: value.detach() for name, value in policy.named_parameters()}, kept
 
     weights, metrics = learn()
     assert len(uses) == 2 and metrics[1]["grad_norm"] > 0  # the first update of either rollout
+    learn(first_step=50)
+    assert len(uses) == 3  # step 51 computes, and compares
     for options in ({"reuse_rollout": False}, {"micro_batch_tokens": 40}, {"gradient_checkpointing": "all"}):
-        others, other_metrics = learn(**options)
-        assert len(uses) == 2
+        others, other_metrics = learn(**options)  # pyright: ignore[reportArgumentType]
+        assert len(uses) == 3
         if "micro_batch_tokens" in options:  # gradients of two micro-batches are summed in another order
             continue
         assert other_metrics == metrics
