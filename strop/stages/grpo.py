@@ -63,8 +63,8 @@ from strop.tokenizer import Tokenizer
 from strop.types import Task
 
 _CHECK_EVERY = 50
-"""Steps 1, 51, 101 ... compute their forward pass in any case: engine_gap_exp then compares the engine with it, where it
-is 1 by construction otherwise."""
+"""Steps 1, 51, 101 ... compute their forward pass in any case, so that engine_gap_exp compares something: where both
+sides are the same numbers it is 1 by construction."""
 
 
 @dataclass(frozen=True, kw_only=True)
