@@ -77,9 +77,17 @@ def absent_systems(jobs: list[str]) -> dict[str, str]:
         for system in sorted(systems & PACKAGES.keys())
         if importlib.util.find_spec(system) is None
     }
+    if "strop_int8" in systems and (why := why_missing_int8()):
+        absent["strop_int8"] = f"int8 is not measured: {why}."
     if "vllm" in systems - PYTHONS.keys():
         absent["vllm"] = "vllm is not measured: it needs an environment of its own (docs/speed.md)."
     return absent
+
+
+def why_missing_int8() -> str | None:
+    from strop.native.build import library, why_missing
+
+    return why_missing() if library() is None else None
 
 
 def get_gguf_beside(model: Path) -> None:

@@ -136,6 +136,8 @@ class Completion:
     """One per token where SamplingParams.top_logprobs asks for them. Not what it was sampled from: see there."""
     recorded_rows: tuple[int, ...] = ()
     """Where the Recording that Engine.generate was given has the prompt's tokens and these, but for the last."""
+    recorded_labels: tuple[int, ...] = ()
+    """The numbers under which it has what the LM head made of each of token_ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +204,8 @@ class PackedBatch:
     """In packed order; their lengths add up to T."""
     recorded_rows_T: Tensor | None = None
     """int64, shape (T,): where a rollout's Recording has each token."""
+    recorded_labels_R: Tensor | None = None
+    """int64, one per True of loss_mask_T: the number under which it has the label."""
 
     def position_ids_T(self) -> Tensor:
         """int64, shape (T,): each token's position inside its own document (or trunk + branch)."""
@@ -215,4 +219,5 @@ class PackedBatch:
             loss_mask_T=self.loss_mask_T.to(device),
             segments=self.segments,
             recorded_rows_T=None if self.recorded_rows_T is None else self.recorded_rows_T.to(device),
+            recorded_labels_R=None if self.recorded_labels_R is None else self.recorded_labels_R.to(device),
         )

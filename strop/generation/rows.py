@@ -40,6 +40,8 @@ class RunningSample:
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     recorded_rows: list[int] = field(default_factory=list)
     """Of the tokens that the model has run, the prompt's first."""
+    recorded_labels: list[int] = field(default_factory=list)
+    """Of the tokens that were sampled."""
 
 
 class Rows:
@@ -127,6 +129,7 @@ class Rows:
             text=text[: min(cuts, default=len(text))],
             token_logprobs=tuple(sample.token_logprobs),
             recorded_rows=tuple(sample.recorded_rows),
+            recorded_labels=tuple(sample.recorded_labels),
         )
         self.drop(row)
         return sample, completion

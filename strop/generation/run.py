@@ -210,6 +210,9 @@ class Run:
         tokens_S, logprobs_S = self._sampler(law_SV, uniforms_S, self._params)
         tokens, logprobs = tokens_S.cpu().numpy(), logprobs_S.cpu().numpy()
         reports = self._reports(logits_SV, tokens_S) if self._params.has_reports else [None] * rows.num_rows
+        if self._recording is not None:
+            for sample, number in zip(rows.samples, self._recording.write_head(logits_SV, tokens_S), strict=False):
+                sample.recorded_labels.append(number)
         self._stats.sample_seconds += time.perf_counter() - started
         if np.isnan(logprobs).any():
             key = rows.samples[int(np.isnan(logprobs).argmax())].key

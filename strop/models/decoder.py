@@ -188,16 +188,19 @@ class MLP(nn.Module):
 
     def forward(self, x_TD: Tensor, recorded: RecordedLayer | None = None) -> Tensor:
         fused = self.gate_up
-        is_recomputed = self.is_recomputed or recorded is not None
-        if is_recomputed and fused.adapter is None and self.down.adapter is None:
+        known = None if recorded is None else Known(recorded.mlp_TD)
+        if self.is_recomputed and fused.adapter is None and self.down.adapter is None:
             weights = (self.norm.weight, fused.weight, fused.bias, self.down.weight, self.down.bias)
-            return recomputed_mlp(x_TD, *weights, self.norm.eps, None if recorded is None else Known(recorded.mlp_TD))
-        gate_up = norm_linear(x_TD, self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
-        return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora())
+            return recomputed_mlp(x_TD, *weights, self.norm.eps, known)
+        known_gate_up = None if recorded is None else Known(recorded.gate_up_TI)
+        options = (self.norm.weight, fused.weight, fused.bias, self.norm.eps, fused.lora())
+        gate_up = norm_linear(x_TD, *options, known_gate_up)
+        return swiglu_linear(gate_up, self.down.weight, self.down.bias, self.down.lora(), known)
 
-    def prefill(self, x_TD: Tensor) -> Tensor:
-        """As forward, without gradient."""
-        return self.down.infer(gated(self.gate_up.infer(self.norm(x_TD))))
+    def prefill(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(As forward, without gradient; gate and up)."""
+        gate_up_TI = self.gate_up.infer(self.norm(x_TD))
+        return self.down.infer(gated(gate_up_TI)), gate_up_TI
 
     def decode(self, x_SD: Tensor) -> Tensor:
         """As forward, for a few rows and without gradient."""
@@ -380,10 +383,11 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             attended_TD = layer.attention.prefill(x_TD, rope, plan, cache, pieces)
             x_TD = x_TD + attended_TD
-            mlp_TD = layer.mlp.prefill(x_TD)
+            mlp_TD, gate_up_TI = layer.mlp.prefill(x_TD)
             x_TD = x_TD + mlp_TD
             if cache.recording is not None:
-                cache.recording.write(index, attended=attended_TD, mlp=mlp_TD)
+                cache.recording.write(index, attended=attended_TD, mlp=mlp_TD, gate_up=gate_up_TI)
+            del gate_up_TI  # the next layer's attention has a use for its room
         for piece in pieces:
             cache.lengths_S[piece.slot] = piece.end
         return self.final_norm(x_TD[torch.tensor([piece.rows.stop - 1 for piece in pieces], device=self.device)])

@@ -63,10 +63,18 @@ def cache_bytes(config: ModelConfig, *, num_slots: int, length: int, bytes_per_n
     return num_slots * length * per_token
 
 
-def recorded_bytes(config: ModelConfig) -> int:
-    """What a Recording (recording.py) keeps of one token, in bfloat16."""
+def recorded_widths(config: ModelConfig, is_recomputed: bool) -> tuple[int, int, int, int]:
+    """Entries that a Recording (recording.py) keeps of one token and layer: queries, keys and values; attention's and
+    the MLP's output; gate and up, unless the layer computes them again in the backward pass."""
     projection = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return 2 * config.num_layers * (projection + 2 * config.hidden_size)
+    gate_up = 0 if is_recomputed else 2 * config.intermediate_size
+    return projection, config.hidden_size, config.hidden_size, gate_up
+
+
+def recorded_bytes(config: ModelConfig, num_recomputed: int) -> int:
+    """What a Recording keeps of one token in all layers, of which so many compute gate and up again, in bfloat16."""
+    kept = (config.num_layers - num_recomputed) * sum(recorded_widths(config, False))
+    return 2 * (kept + num_recomputed * sum(recorded_widths(config, True)))
 
 
 def _pairs(segment: Segment) -> int:

@@ -138,11 +138,14 @@ def can_pack(weight: Tensor) -> bool:
     return is_bf16_on_cpu and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def swiglu_linear(gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None = None) -> Tensor:
+def swiglu_linear(
+    gate_up_TI: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None = None, known: Known | None = None
+) -> Tensor:
     """lora_linear(silu(gate) * up), shape (T, D). Of its activations only gate_up is kept (Shazeer 2020, SwiGLU)."""
+    assert known is None or lora is None
     if not torch.is_grad_enabled():
-        return lora_linear(gated(gate_up_TI), weight, bias, lora)
-    return _SwigluLinear.apply(gate_up_TI, weight, bias, *(lora or (None, None)))
+        return lora_linear(gated(gate_up_TI), weight, bias, lora) if known is None else known.value
+    return _SwigluLinear.apply(gate_up_TI, weight, bias, *(lora or (None, None)), known)
 
 
 def recomputed_mlp(
@@ -369,9 +372,13 @@ class _SwigluLinear(torch.autograd.Function):
         bias: Tensor | None,
         down_RI: Tensor | None,
         up_DR: Tensor | None,
+        known: Known | None,
     ) -> Tensor:
-        y_TD = _room_for_product(gate_up_TI, weight)
-        y_TD, inner_TR = _lora_forward(gated(gate_up_TI), weight, bias, down_RI, up_DR, out=y_TD)
+        if known is None:
+            y_TD = _room_for_product(gate_up_TI, weight)
+            y_TD, inner_TR = _lora_forward(gated(gate_up_TI), weight, bias, down_RI, up_DR, out=y_TD)
+        else:
+            y_TD, inner_TR = known.value, None
         ctx.save_for_backward(gate_up_TI, weight, down_RI, up_DR, inner_TR)
         return y_TD
 
@@ -379,7 +386,7 @@ class _SwigluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         gate_up_TI, weight, down_RI, up_DR, inner_TR = ctx.saved_tensors
-        needs_gate_up, needs_weight, needs_bias, needs_down, _ = ctx.needs_input_grad
+        needs_gate_up, needs_weight, needs_bias, needs_down, *_ = ctx.needs_input_grad
         dgate_up = gated_TI = None
         dweight = torch.empty_like(weight) if needs_weight else None  # first, as in _room_for_product
         if needs_gate_up:
@@ -392,7 +399,7 @@ class _SwigluLinear(torch.autograd.Function):
         if dweight is not None and gated_TI is not None:
             weight_gradient(grad_TD, gated_TI, out=dweight)
         _, ddown, dup = _lora_backward(grad_TD, gated_TI if needs_down else None, down_RI, up_DR, inner_TR)
-        return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup
+        return dgate_up, dweight, grad_TD.sum(0) if needs_bias else None, ddown, dup, None
 
 
 class _RecomputedMLP(torch.autograd.Function):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from strop.models.interface import CausalLM
 from strop.models.recording import Recording
-from strop.objectives.logprobs import linear_logprobs, linear_self_certainty
+from strop.objectives.logprobs import HeadStatistics, linear_logprobs, linear_self_certainty
 from strop.types import PackedBatch
 
 
@@ -22,8 +22,14 @@ def packed_logprobs(
 
     The head runs on those positions only and never holds more than a chunk of (R, V).
     """
+    known = None
+    if recording is not None and batch.recorded_labels_R is not None:
+        assert recording.temperature == temperature
+        known = recording.head(batch.recorded_labels_R)
     hidden_and_head = model.hidden_and_head(batch, recording)
-    return label_logprobs(model, hidden_and_head, batch, temperature=temperature, with_entropy=with_entropy)
+    return label_logprobs(
+        model, hidden_and_head, batch, temperature=temperature, with_entropy=with_entropy, known=known
+    )
 
 
 def label_logprobs(
@@ -33,8 +39,9 @@ def label_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    known: HeadStatistics | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As packed_logprobs, from hidden states that serve something else as well."""
+    """As packed_logprobs, from hidden states that serve something else as well; known: see linear_logprobs."""
     hidden_TD, head_VD = hidden_and_head
     return linear_logprobs(
         hidden_TD[batch.loss_mask_T],
@@ -44,6 +51,7 @@ def label_logprobs(
         bias_V=model.head_bias,
         softcap=model.logit_softcap,
         with_entropy=with_entropy,
+        known=known,
     )
 
 

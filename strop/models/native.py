@@ -13,6 +13,7 @@ from strop.models.config import ModelConfig
 from strop.models.fused import Linear
 from strop.native import products
 from strop.native.build import library
+from strop.native.kernels import use_large_pages
 
 if TYPE_CHECKING:
     from strop.models.decoder import MLP, Attention, Decoder
@@ -61,14 +62,14 @@ class NativeDecode:
             scale=config.head_dim**-0.5,
         )
         weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
-        has_head = config.vocab_size % _GROUP == 0
+        has_head = has_packed_head(model)
         weights += [model.lm_head_weight] if has_head else []
         self._suffix = "8" if products.are_in_int8() else ""
         # One block for all: the system takes all of it back at once, and can map it in large pages.
         num_bytes = _ALIGNMENT + sum(map(self._packed_bytes, weights))
         if room is None or room.nbytes < num_bytes:
             room = torch.empty(num_bytes, dtype=torch.uint8)
-            kernels.strop_use_large_pages(ctypes.c_void_p(room.data_ptr()), ctypes.c_int64(num_bytes))
+            use_large_pages(room)
         self.room = room
         self._unused = room[-room.data_ptr() % _ALIGNMENT :]
         self._tensors: list[Tensor] = []  # what the pointers point to
@@ -162,10 +163,8 @@ class NativeDecode:
         return getattr(self._kernels, name + self._suffix)
 
     def _packed_bytes(self, weight: Tensor) -> int:
-        if not self._suffix:
-            return weight.numel() * 2
         num_columns, width = weight.shape
-        count = self._kernels.strop_packed_bytes8
+        count = self._kernel("strop_packed_bytes")
         count.restype = ctypes.c_int64
         return count(*map(ctypes.c_int64, (num_columns // _GROUP, width)))
 
@@ -238,6 +237,11 @@ def can_decode(model: Decoder) -> bool:
     is_bf16_on_cpu = model.dtype == torch.bfloat16 and model.device.type == "cpu"
     fits = all(width % _GROUP == 0 for width in (config.hidden_size, config.head_dim, _qkv_width(config)))
     return is_bf16_on_cpu and fits and config.intermediate_size % _LANES == 0 and library() is not None
+
+
+def has_packed_head(model: Decoder) -> bool:
+    """Whether a NativeDecode makes the logits: from the kernels of training, so that they are the same to the bit."""
+    return model.config.vocab_size % _GROUP == 0
 
 
 def _qkv_width(config: ModelConfig) -> int:

@@ -23,11 +23,9 @@ import torch
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared")
 REQUIRED = ("avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl")
-FASTER_ELSEWHERE = "amx_bf16"
-"""With matrix tiles oneDNN's kernels are ahead of ours."""
 
-_compiler_said = ""
-"""Why the sources did not compile, once `library` has tried."""
+_failure = ""
+"""Why there are no kernels although there could be, once `library` has tried."""
 
 
 def why_unavailable() -> str | None:
@@ -37,18 +35,14 @@ def why_unavailable() -> str | None:
     features = _cpu_features()
     if not features.issuperset(REQUIRED):
         return f"the CPU lacks {', '.join(sorted(set(REQUIRED) - features))}"
-    if FASTER_ELSEWHERE in features:
-        return "the CPU has AMX, for which oneDNN's kernels are the faster ones"
     if _compiler() is None:
         return "there is no C++ compiler (install g++)"
     return None
 
 
 def why_missing() -> str:
-    """The reason for which library() is None, in one line; the compiler's first error where that is it."""
-    lines = [line.strip() for line in _compiler_said.splitlines() if line.strip()]
-    first_error = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
-    return why_unavailable() or f"the C++ kernels do not compile ({first_error})"
+    """The reason for which library() is None, in one line."""
+    return why_unavailable() or _failure
 
 
 @cache
@@ -57,7 +51,7 @@ def library() -> ctypes.CDLL | None:
 
     Sources that do not compile are reported as a warning; everything works without them, slower.
     """
-    global _compiler_said
+    global _failure
     if why_unavailable() is not None:
         return None
     compiler = _compiler()
@@ -71,14 +65,25 @@ def library() -> ctypes.CDLL | None:
             command = [compiler, *FLAGS, "-o", str(built), *map(str, sources)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                _compiler_said = done.stderr
+                _failure = _compiler_failure(done.stderr)
                 warnings.warn(
                     f"the C++ kernels do not compile here, so decoding is slower:\n{done.stderr}", stacklevel=2
                 )
                 return None
             os.replace(built, target)  # another process may be doing the same
     torch.get_num_threads()  # torch's OpenMP is loaded before a library that wants one
-    return ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str(target))
+    if not loaded.strop_can_run():
+        _failure = "the system does not let this process use the CPU's matrix tiles (AMX)"
+        return None
+    return loaded
+
+
+def _compiler_failure(said: str) -> str:
+    """The compiler's first error, in one line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    first_error = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+    return f"the C++ kernels do not compile ({first_error})"
 
 
 def _compiler() -> str | None:

@@ -21,47 +21,70 @@
 
 namespace {
 
-// Rows cut into the fewest tiles: some of them tall, the others one row less.
+// Rows cut into the fewest tiles: some of them tall, the others `less` lower.
 struct Tiles {
-    int height, count, num_tall;
-    Tiles(int64_t rows, int highest) {
+    int64_t num_rows;
+    int height, count, num_tall, less;
+    Tiles(int64_t rows, int highest) : num_rows(rows), less(1) {
         count = int((rows + highest - 1) / highest);
         height = int((rows + count - 1) / count);
         num_tall = int(rows - int64_t(count) * (height - 1));
     }
-    int64_t first(int tile) const { return int64_t(tile) * height - std::max(0, tile - num_tall); }
-    int rows(int tile) const { return tile < num_tall ? height : height - 1; }
+    // Of 32 rows, and a last one of 16 if no more are left; there may be fewer rows than fill them.
+    static Tiles of_16(int64_t rows) {
+        Tiles tiles(rows, 32);
+        tiles.height = rows <= 16 ? 16 : 32;
+        tiles.less = 16;
+        tiles.num_tall = tiles.count - (rows > 16 && (rows - 1) % 32 < 16);
+        return tiles;
+    }
+    int64_t first(int tile) const { return int64_t(tile) * height - less * std::max(0, tile - num_tall); }
+    int rows(int tile) const { return tile < num_tall ? height : height - less; }
+    int used(int tile) const { return int(std::min<int64_t>(rows(tile), num_rows - first(tile))); }
     int of(int64_t row) const {
         const int64_t tall = int64_t(num_tall) * height;
-        return int(row < tall ? row / height : num_tall + (row - tall) / (height - 1));
+        return int(row < tall ? row / height : num_tall + (row - tall) / (height - less));
     }
 };
 
 // The inputs of a product in the order in which it reads them: tile by tile; inside a tile, pair after pair of inputs,
-// and for each pair the rows side by side.
+// and for each pair the rows side by side; or as amx.h says.
 struct Inputs {
     using Weights = bf16;
     Tiles tiles;
     int64_t num_pairs = 0;
     std::vector<uint32_t> pairs;
 
-    Inputs(int64_t rows, int64_t width) : tiles(rows, MAX_TILE_ROWS), num_pairs(width / 2), pairs(rows * num_pairs) {}
+    Inputs(int64_t rows, int64_t width)
+        : tiles(HAS_AMX ? Tiles::of_16(rows) : Tiles(rows, MAX_TILE_ROWS)), num_pairs(num_pairs_of(width)),
+          pairs(HAS_AMX ? (rows + 15) / 16 * 16 * num_pairs + 16 : rows * num_pairs) {}
+    // A matrix tile's rows lie in lines of their own.
+    uint32_t* words() { return HAS_AMX ? (uint32_t*)(((uintptr_t)pairs.data() + 63) / 64 * 64) : pairs.data(); }
+    const uint32_t* words() const { return const_cast<Inputs*>(this)->words(); }
     // COUNT words of two inputs of one row, starting at input `column`.
     template <int COUNT>
     void put(int64_t row, int64_t column, const uint32_t* values) {
         const int tile = tiles.of(row), height = tiles.rows(tile);
+        if constexpr (HAS_AMX) {
+            uint32_t* target = words() + tiles.first(tile) * num_pairs + column / 32 * height * 16 + (row - tiles.first(tile)) * 16;
+            std::memcpy(target + column % 32 / 2, values, COUNT * sizeof(uint32_t));
+            return;
+        }
         uint32_t* target = pairs.data() + tiles.first(tile) * num_pairs + row - tiles.first(tile) + column / 2 * height;
         for (int i = 0; i < COUNT; i++) target[i * height] = values[i];
     }
+    // Rows of the lower tiles beside those of ROWS; 0 for none.
+    template <int ROWS>
+    static constexpr int low() { return HAS_AMX ? (ROWS == 32 ? 16 : 0) : ROWS - 1; }
     static constexpr bool IS_ARRANGED_BY_ROW = false;
     void arrange(int64_t) {}
 
-    static int64_t panel_size(int64_t width) { return width * GROUP; }
+    static int64_t panel_size(int64_t width) { return 2 * num_pairs_of(width) * GROUP; }
     // A panel of 32 columns from rows of `weight`: see pack_panel.
     static void pack(const bf16* weight, int64_t second, int64_t width, bf16* panel) { pack_panel(weight, second, width, (uint32_t*)panel); }
     template <int ROWS>
     void multiply(const bf16* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        product_tile<ROWS>(pairs.data() + tiles.first(number) * num_pairs, (const uint32_t*)panel, num_pairs, sums);
+        product_tile<ROWS>(words() + tiles.first(number) * num_pairs, (const uint32_t*)panel, num_pairs, sums);
     }
 };
 
@@ -80,6 +103,8 @@ struct Inputs8 {
     void put(int64_t row, int64_t column, const uint32_t* values) {
         std::memcpy(rows.data() + row * width + column, values, COUNT * sizeof(uint32_t));
     }
+    template <int ROWS>
+    static constexpr int low() { return ROWS - 1; }
     static constexpr bool IS_ARRANGED_BY_ROW = true;
     // After the last put of a row.
     void arrange(int64_t row) {
@@ -114,7 +139,8 @@ template <int ROWS, typename In, typename Finish>
 inline void product_tile_rows(const In& input, const typename In::Weights* panel, int tile, int64_t group, Finish&& finish) {
     __m512 sums[ROWS][2];
     input.template multiply<ROWS>(panel, tile, sums);
-    for (int r = 0; r < ROWS; r++) finish(input.tiles.first(tile) + r, group, sums[r][0], sums[r][1]);
+    const int used = input.tiles.used(tile);
+    for (int r = 0; r < used; r++) finish(input.tiles.first(tile) + r, group, sums[r][0], sums[r][1]);
 }
 
 // This thread's share of inputs * weights^T. `finish(row, group, left, right)` takes 16 + 16 output columns.
@@ -124,20 +150,25 @@ void product_rows(const In& input, const typename In::Weights* weights, int64_t 
     for (int64_t group = num_groups * thread / num_threads; group < num_groups * (thread + 1) / num_threads; group++) {
         const auto* panel = weights + group * panel_size;
         for (int tile = 0; tile < input.tiles.num_tall; tile++) product_tile_rows<ROWS>(input, panel, tile, group, finish);
-        if constexpr (ROWS > 1)
-            for (int tile = input.tiles.num_tall; tile < input.tiles.count; tile++) product_tile_rows<ROWS - 1>(input, panel, tile, group, finish);
+        constexpr int LOW = In::template low<ROWS>();
+        if constexpr (LOW > 0)
+            for (int tile = input.tiles.num_tall; tile < input.tiles.count; tile++) product_tile_rows<LOW>(input, panel, tile, group, finish);
     }
 }
 
 template <typename In, typename Finish>
 void product(const In& input, const typename In::Weights* weights, int64_t width, int64_t num_groups, Finish&& finish) {
     const int64_t size = In::panel_size(width);
-    switch (input.tiles.height) {
+    if constexpr (HAS_AMX && !In::IS_ARRANGED_BY_ROW) {
+        if (input.tiles.height == 16) product_rows<16>(input, weights, size, num_groups, finish);
+        else product_rows<32>(input, weights, size, num_groups, finish);
+        return;
+    } else switch (input.tiles.height) {
 #define ROWS_CASE(n)     case n: return product_rows<n>(input, weights, size, num_groups, finish)
         ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
         default: break;
     }
-    if constexpr (!In::IS_ARRANGED_BY_ROW) switch (input.tiles.height) {
+    if constexpr (!HAS_AMX && !In::IS_ARRANGED_BY_ROW) switch (input.tiles.height) {
         ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
 #undef ROWS_CASE
     }
@@ -281,9 +312,10 @@ struct Shape {
 };
 
 // Where a step leaves what a training step on the same weights would compute again, one row per sequence from each layer's
-// pointers on: queries, keys and values as attention reads them, and what attention and MLP add to the stream.
+// pointers on: queries, keys and values as attention reads them, what attention and MLP add to the stream, and (where the
+// layer's pointer is not null) gate and up.
 struct Record {
-    bf16 *const *projections, *const *attended, *const *mlps;
+    bf16 *const *projections, *const *attended, *const *mlps, *const *gate_ups;
 };
 
 // Rows of `weight` (N, K) in the order in which the products read them: group g holds rows [g * stride, + 16) and
@@ -338,6 +370,8 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
     };
 
 #pragma omp parallel num_threads(num_threads)
+    {
+    const AmxTiles matrix_tiles;
     for (int64_t l = 0; l < shape->num_layers; l++) {
         const Layer& layer = layers[l];
         bf16* qkv = record ? record->projections[l] + first_recorded * qkv_width : unrecorded.data();
@@ -367,20 +401,29 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
             fetch(own_values, length);
             if (item + 1 < S * K) fetch(keys + l * layer_stride + (item + 1) * capacity * H, lengths[(item + 1) / K] + 1);
             float* own_scores = scores.data() + omp_get_thread_num() * heads_per_kv * scores_stride;
-            for (int64_t g = 0; g < heads_per_kv;) {
-                const int64_t together = std::min<int64_t>(4, heads_per_kv - g);
-                const auto some = together == 4 ? attend<4, In> : together == 3 ? attend<3, In> : together == 2 ? attend<2, In> : attend<1, In>;
-                some(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, attended, s, (k * heads_per_kv + g) * H);
-                g += together;
+            for (int64_t g = 0; g < heads_per_kv; g += 4) {
+                // Calls, no choice between pointers: that GCC 12 has compiled wrongly (a cmov after an inc).
+                switch (std::min<int64_t>(4, heads_per_kv - g)) {
+#define HEADS_CASE(n) \
+    case n: attend<n>(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, attended, s, (k * heads_per_kv + g) * H); break
+                    HEADS_CASE(1); HEADS_CASE(2); HEADS_CASE(3); HEADS_CASE(4);
+#undef HEADS_CASE
+                }
             }
         }
         arrange_rows(attended);
         product(attended, (Weights)layer.output, N * H, D / GROUP, add_to_stream(layer.output_bias, record ? record->attended[l] + first_recorded * D : nullptr));
 #pragma omp barrier
+        bf16* gate_up = record && record->gate_ups[l] ? record->gate_ups[l] + first_recorded * 2 * I : nullptr;
         norm_rows(layer.mlp_norm);
         product(normed_input, (Weights)layer.gate_up, D, I / LANES, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
             gate = plus_bias(gate, layer.gate_up_bias, group * LANES);
             up = plus_bias(up, layer.gate_up_bias ? layer.gate_up_bias + I : nullptr, group * LANES);
+            if (gate_up) {
+                bf16* target = gate_up + row * 2 * I + group * LANES;
+                store16(target, gate);
+                store16(target + I, up);
+            }
             const __m512 silu = _mm512_mul_ps(gate, sigmoid16(gate));
             alignas(32) uint32_t pairs[LANES / 2];
             _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(silu, up)));
@@ -390,6 +433,7 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
         arrange_rows(gated);
         product(gated, (Weights)layer.down, I, D / GROUP, add_to_stream(layer.down_bias, record ? record->mlps[l] + first_recorded * D : nullptr));
 #pragma omp barrier
+    }
     }
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t s = 0; s < S; s++) {
@@ -405,6 +449,7 @@ void packed_product(const bf16* input, const typename In::Weights* weights, bf16
     In inputs(num_rows, width);
 #pragma omp parallel num_threads(num_threads)
     {
+        const AmxTiles matrix_tiles;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < num_rows; row++) {
             for (int64_t i = 0; i < width; i += GROUP) put_register(inputs, row, i, _mm512_loadu_si512(input + row * width + i));
@@ -427,10 +472,9 @@ void strop_use_large_pages(void* block, int64_t num_bytes) {
     if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
-// Bytes of a packed weight of num_groups * 32 rows.
-int64_t strop_packed_bytes8(int64_t num_groups, int64_t width) { return num_groups * Inputs8::panel_size(width) * sizeof(ColumnBlock); }
-
 #define FOR_WEIGHTS(In, suffix) \
+    /* Bytes of a packed weight of num_groups * 32 rows. */ \
+    int64_t strop_packed_bytes##suffix(int64_t num_groups, int64_t width) { return num_groups * In::panel_size(width) * sizeof(In::Weights); } \
     void strop_pack##suffix(const bf16* weight, In::Weights* packed, int64_t num_groups, int64_t width, int64_t stride, int64_t second, int64_t num_threads) { \
         pack<In>(weight, packed, num_groups, width, stride, second, num_threads); \
     } \

@@ -16,6 +16,12 @@ namespace {
 
 // One tile of A whose pairs are neighbours in memory: target[p][r] = pair p of row r. Missing rows are zero.
 void pack_tile(const bf16* source, long stride, long rows, int height, long pairs, uint32_t* target) {
+    if constexpr (HAS_AMX) {
+        for (long p = 0; p < pairs; p += 16)
+            for (long r = 0; r < height; r++)
+                _mm512_store_si512(target + p * height + r * 16, r < rows ? _mm512_loadu_si512(source + r * stride + 2 * p) : _mm512_setzero_si512());
+        return;
+    }
     const __mmask16 mask = __mmask16((1u << height) - 1);
     for (long p = 0; p < pairs; p += 16) {
         __m512i block[16];
@@ -26,11 +32,33 @@ void pack_tile(const bf16* source, long stride, long rows, int height, long pair
     }
 }
 
+// 16 columns of up to 32 rows as the rows of one matrix tile. Missing ones are zero.
+void pack_columns_amx(const bf16* source, long stride, long columns, long rows, uint32_t* target) {
+    const __mmask16 exists = columns >= 16 ? 0xffff : columns > 0 ? __mmask16((1u << columns) - 1) : 0;
+    const auto load = [&](long row) {
+        return row < rows ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exists, source + row * stride)) : _mm512_setzero_si512();
+    };
+    __m512i pairs[16];
+    for (int p = 0; p < 16; p++) pairs[p] = _mm512_or_si512(load(2 * p), _mm512_slli_epi32(load(2 * p + 1), 16));
+    transpose16(pairs);
+    for (int c = 0; c < 16; c++) _mm512_store_si512(target + 16 * c, pairs[c]);
+}
+
 // The same for a matrix that is summed over its rows: a pair is (source[2p][r], source[2p + 1][r]). Several tiles side by
 // side in one go, or every one would read a fraction of a cache line of every row.
 void pack_tiles_of_columns(const bf16* source, long stride, long columns, int height, long count, long length, uint32_t* target) {
+    const long tile_words = num_pairs_of(length) * height;
+    if constexpr (HAS_AMX) {
+        for (long i = 0; i < length; i += 32)
+            for (long tile = 0; tile < count; tile++)
+                for (long left = 0; left < height; left += 16) {
+                    const long wide = columns - tile * height - left;
+                    uint32_t* rows = target + tile * tile_words + i / 2 * height + left * 16;
+                    pack_columns_amx(source + i * stride + tile * height + left, stride, wide, length - i, rows);
+                }
+        return;
+    }
     const __mmask16 mask = __mmask16((1u << height) - 1);
-    const long tile_words = (length + 1) / 2 * height;
     for (long i = 0; i < length; i += 2) {
         const bf16 *first = source + i * stride, *second = first + stride;
         for (long tile = 0; tile < count; tile++) {
@@ -46,15 +74,22 @@ void pack_tiles_of_columns(const bf16* source, long stride, long columns, int he
 void pack_panel_of_columns(const bf16* source, long stride, long length, uint32_t* target) {
     const __m512i low_order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high_order = _mm512_add_epi16(low_order, _mm512_set1_epi16(16));
-    for (long i = 0; i < length; i += 2) {
-        const __m512i first = _mm512_loadu_si512(source + i * stride);
+    for (long i = 0; i < 2 * num_pairs_of(length); i += 2) {
+        const __m512i first = i < length ? _mm512_loadu_si512(source + i * stride) : _mm512_setzero_si512();
         const __m512i second = i + 1 < length ? _mm512_loadu_si512(source + (i + 1) * stride) : _mm512_setzero_si512();
         _mm512_store_si512(target + i / 2 * GROUP, _mm512_permutex2var_epi16(first, low_order, second));
         _mm512_store_si512(target + i / 2 * GROUP + LANES, _mm512_permutex2var_epi16(first, high_order, second));
     }
 }
 
-constexpr long TILES_PER_BATCH = 4;  // with all that is summed over, they fit a core's second cache
+// How many of `count` pieces of so many words each a thread arranges at a time: as many as its second cache holds beside
+// what they are multiplied by, and for all threads alike.
+long pieces_at_a_time(long count, long words, int threads) {
+    constexpr long CACHED_WORDS = 3 << 16;
+    const long each = (count + threads - 1) / threads, most = std::max(1L, CACHED_WORDS / words);
+    const long times = (each + most - 1) / most;
+    return (each + times - 1) / times;
+}
 
 struct Gemm {
     const bf16 *a, *b, *bias;
@@ -63,17 +98,16 @@ struct Gemm {
     bool a_is_columns, b_is_rows;
     Tiling tiling;
     long pairs, num_panels;
+    long tiles_at_a_time, panels_at_a_time;
     const uint32_t* packed_b = nullptr;  // in place of b: all panels, arranged before
     PanelPlace place;
 
     long tile_words() const { return pairs * tiling.height; }
     long panel_words() const { return pairs * GROUP; }
 
-    // A batch of tiles; returns how many they are.
-    long num_batches() const { return (tiling.count + TILES_PER_BATCH - 1) / TILES_PER_BATCH; }
-    long pack_a(long batch, uint32_t* target) const {
-        const long begin = batch * TILES_PER_BATCH, count = std::min<long>(TILES_PER_BATCH, tiling.count - begin);
-        const long first = begin * tiling.height;
+    // Tiles from `begin` on, at most tiles_at_a_time; returns how many they are.
+    long pack_a(long begin, uint32_t* target) const {
+        const long count = std::min(tiles_at_a_time, tiling.count - begin), first = begin * tiling.height;
         if (a_is_columns) {
             pack_tiles_of_columns(a + first, rows, rows - first, tiling.height, count, length, target);
             return count;
@@ -88,9 +122,11 @@ struct Gemm {
         if (b_is_rows) pack_panel(b + panel * GROUP * length, LANES * length, length, target);
         else pack_panel_of_columns(b + panel * GROUP, columns, length, target);
     }
-    const uint32_t* panel_at(long panel, uint32_t* room) const {
-        if (packed_b) return packed_b + panel * panel_words();
-        pack_b(panel, room);
+    // Panels from `begin` on, at most panels_at_a_time; `count` is how many they are.
+    const uint32_t* panels_at(long begin, uint32_t* room, long* count) const {
+        *count = std::min(panels_at_a_time, num_panels - begin);
+        if (packed_b) return packed_b + begin * panel_words();
+        for (long panel = 0; panel < *count; panel++) pack_b(begin + panel, room + panel * panel_words());
         return room;
     }
     template <int ROWS>
@@ -113,36 +149,52 @@ struct Gemm {
         uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : packed_b ? 0 : num_panels * panel_words());
 #pragma omp parallel num_threads(threads)
         {
+            const AmxTiles tiles;
             static thread_local Workspace own;
-            uint32_t* piece = own.at_least(shares_a ? panel_words() : TILES_PER_BATCH * tile_words());
+            uint32_t* piece = own.at_least(shares_a ? panels_at_a_time * panel_words() : tiles_at_a_time * tile_words());
             if (shares_a) {
 #pragma omp for schedule(static)
-                for (long batch = 0; batch < num_batches(); batch++) pack_a(batch, shared + batch * TILES_PER_BATCH * tile_words());
+                for (long tile = 0; tile < tiling.count; tile += tiles_at_a_time) pack_a(tile, shared + tile * tile_words());
 #pragma omp for schedule(static)
-                for (long panel = 0; panel < num_panels; panel++) {
-                    const uint32_t* columns_of = panel_at(panel, piece);
-                    for (long tile = 0; tile < tiling.count; tile++) multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel, columns_of);
+                for (long panel = 0; panel < num_panels; panel += panels_at_a_time) {
+                    long count;
+                    const uint32_t* some = panels_at(panel, piece, &count);
+                    for (long tile = 0; tile < tiling.count; tile++)
+                        for (long i = 0; i < count; i++)
+                            multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel + i, some + i * panel_words());
                 }
             } else {
                 const uint32_t* all = packed_b ? packed_b : shared;
 #pragma omp for schedule(static)
                 for (long panel = 0; panel < (packed_b ? 0 : num_panels); panel++) pack_b(panel, shared + panel * panel_words());
 #pragma omp for schedule(static)
-                for (long batch = 0; batch < num_batches(); batch++) {
-                    const long count = pack_a(batch, piece);
+                for (long tile = 0; tile < tiling.count; tile += tiles_at_a_time) {
+                    const long count = pack_a(tile, piece);
                     for (long panel = 0; panel < num_panels; panel++)
                         for (long i = 0; i < count; i++)
-                            multiply_tile<ROWS>(batch * TILES_PER_BATCH + i, piece + i * tile_words(), panel, all + panel * panel_words());
+                            multiply_tile<ROWS>(tile + i, piece + i * tile_words(), panel, all + panel * panel_words());
                 }
             }
         }
     }
 };
 
+Gemm product_of(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, bool a_is_columns, bool b_is_rows, int threads) {
+    // A matrix tile has 16 rows, and two of them share what they read of the columns.
+    const Tiling tiling = HAS_AMX ? Tiling(rows <= 16 ? 16 : 32, rows) : Tiling(rows, MAX_TILE_ROWS, 4);
+    const long pairs = num_pairs_of(length), num_panels = columns / GROUP;
+    const long tiles = HAS_AMX ? pieces_at_a_time(tiling.count, pairs * tiling.height, threads) : 4;
+    const long panels = HAS_AMX ? pieces_at_a_time(num_panels, pairs * GROUP, threads) : 1;
+    return {a, b, bias, c, rows, columns, length, a_is_columns, b_is_rows, tiling, pairs, num_panels, tiles, panels};
+}
+
 void run(const Gemm& gemm, int threads) {
-    switch (gemm.tiling.height) {
 #define ROWS_CASE(n) \
     case n: return gemm.run<n>(threads)
+    if constexpr (HAS_AMX) switch (gemm.tiling.height) {
+        ROWS_CASE(16); ROWS_CASE(32);
+    }
+    else switch (gemm.tiling.height) {
         ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
         ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
 #undef ROWS_CASE
@@ -151,17 +203,22 @@ void run(const Gemm& gemm, int threads) {
 
 }  // namespace
 
+// Whether this process may use everything that the kernels were compiled with; to be asked before any of them runs.
+extern "C" int strop_can_run() { return may_use_amx(); }
+extern "C" int strop_has_amx() { return HAS_AMX; }
+
 // C (rows, columns) = A B, contiguous, plus `bias` (columns) where there is one. a_is_columns: A is stored as (length, rows), else (rows, length); b_is_rows: B is
 // stored as (columns, length), else (length, columns). columns is a multiple of 32; length is even where an operand has
 // it as its last dimension.
 extern "C" void strop_gemm(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
-    const Tiling tiling(rows, MAX_TILE_ROWS, 4);
-    run(Gemm{a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, tiling, (length + 1) / 2, columns / GROUP}, threads);
+    run(product_of(a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, threads), threads);
 }
 
 // C (rows, columns) = A B^T plus bias, A (rows, length), where B is there as decode.cpp's `pack` arranged it, with this
 // stride and second.
 extern "C" void strop_gemm_packed(const bf16* a, const uint32_t* packed, const bf16* bias, bf16* c, long rows, long columns, long length, long stride, long second, int threads) {
-    const Tiling tiling(rows, MAX_TILE_ROWS, 4);
-    run(Gemm{a, nullptr, bias, c, rows, columns, length, false, true, tiling, (length + 1) / 2, columns / GROUP, packed, {stride, second}}, threads);
+    Gemm gemm = product_of(a, nullptr, bias, c, rows, columns, length, false, true, threads);
+    gemm.packed_b = packed;
+    gemm.place = {stride, second};
+    run(gemm, threads);
 }

@@ -19,6 +19,7 @@ _POINTER, _LONG, _INT, _FLOAT, _DOUBLE = (
     ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float, ctypes.c_double,
 )  # fmt: skip
 _SIGNATURES = {
+    "strop_has_amx": [],
     "strop_rms_norm": [*[_POINTER] * 3, _LONG, _LONG, _FLOAT, _INT],
     "strop_rms_norm_backward": [*[_POINTER] * 6, _LONG, _LONG, _FLOAT, _INT],
     "strop_swiglu": [_POINTER, _POINTER, _LONG, _LONG, _INT],
@@ -27,8 +28,9 @@ _SIGNATURES = {
     "strop_gemm": [*[_POINTER] * 4, *[_LONG] * 3, *[_INT] * 3],
     "strop_gemm8": [*[_POINTER] * 4, *[_LONG] * 3, *[_INT] * 3],
     "strop_sample": [*[_POINTER] * 5, _LONG, _LONG, _INT],
-    "strop_head_statistics": [*[_POINTER] * 5, _LONG, _LONG, _FLOAT, _INT],
+    "strop_head_statistics": [*[_POINTER] * 5, *[_LONG] * 3, _FLOAT, _INT],
     "strop_head_gradient": [*[_POINTER] * 6, *[_LONG] * 3, _FLOAT, _INT],
+    "strop_use_large_pages": [_POINTER, _LONG],
     "strop_attention": [*[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT],
     "strop_attention_backward": [*[_POINTER] * 11, *[_LONG] * 5, _FLOAT, _INT],
     "strop_adamw": [*[_POINTER] * 3, _INT, _POINTER, _POINTER, _LONG, *[_DOUBLE] * 8, _INT],
@@ -53,7 +55,13 @@ def _kernels() -> ctypes.CDLL | None:
             getattr(kernels, name).argtypes = arguments
             getattr(kernels, name).restype = None
         kernels.strop_square_sum.restype = _DOUBLE
+        kernels.strop_has_amx.restype = _INT
     return kernels
+
+
+def has_amx() -> bool:
+    """Whether products of bf16 tensors run on matrix tiles here."""
+    return bool(_loaded().strop_has_amx())
 
 
 def _loaded() -> ctypes.CDLL:
@@ -163,19 +171,40 @@ def sample(logits_SV: Tensor, temperatures_S: Tensor, uniforms_S: Tensor) -> tup
     return tokens_S, logprobs_S
 
 
+STATISTICS_STEP = 1024
+"""SUM_PIECE of train.cpp."""
+
+
 def head_statistics(
-    logits_RV: Tensor, labels_R: Tensor, logprobs_R: Tensor, lse_R: Tensor, entropy_R: Tensor | None, scale: float
+    logits: Tensor,
+    num_columns: int,
+    block: int,
+    labels_R: Tensor,
+    logprobs_R: Tensor,
+    lse_R: Tensor,
+    entropy_R: Tensor | None,
+    scale: float,
 ) -> None:
     """Write each row's label log-probability, log-sum-exp and (if wanted) entropy under softmax(logits * scale).
 
+    The logits are matrices (R, block), one after the other, the last one with the columns that are left. block is a
+    multiple of STATISTICS_STEP, or num_columns: then they are one matrix.
+
     ValueError for a label that is no column.
     """
-    if labels_R.numel() and not 0 <= int(labels_R.min()) <= int(labels_R.max()) < logits_RV.shape[1]:
-        raise ValueError(f"a label is outside [0, {logits_RV.shape[1]}), the vocabulary that the logits cover")
+    num_rows = labels_R.shape[0]
+    assert logits.numel() == num_rows * num_columns and (block >= num_columns or block % STATISTICS_STEP == 0)
+    if num_rows and not 0 <= int(labels_R.min()) <= int(labels_R.max()) < num_columns:
+        raise ValueError(f"a label is outside [0, {num_columns}), the vocabulary that the logits cover")
     _loaded().strop_head_statistics(
-        _at(logits_RV), _at(labels_R), _at(logprobs_R), _at(lse_R), None if entropy_R is None else _at(entropy_R),
-        *logits_RV.shape, scale, torch.get_num_threads(),
+        _at(logits), _at(labels_R), _at(logprobs_R), _at(lse_R), None if entropy_R is None else _at(entropy_R),
+        num_rows, num_columns, block, scale, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def use_large_pages(tensor: Tensor) -> None:
+    """Ask the system for large pages behind a tensor that nothing has been written to yet."""
+    _loaded().strop_use_large_pages(_at(tensor), tensor.nbytes)
 
 
 def head_gradient_(

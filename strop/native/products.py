@@ -94,11 +94,15 @@ def _has_kernel(rows_T: Tensor, other: Tensor, *widths: int) -> bool:
     """Whether the kernel takes a product of these over T tokens, whose other dimensions are `widths`.
 
     In bf16 torch is as good a choice, where operands are few or would have to be copied; in int8 it would be another
-    precision.
+    precision. On matrix tiles torch sums few rows in another order than many, and rollouts would round as no trainer.
     """
     return (
         rows_T.dtype == other.dtype
         and kernels.has_kernels(rows_T)
         and not any(width % _COLUMNS for width in widths)
-        and (_in_int8 or (rows_T.shape[0] >= _MIN_TOKENS and rows_T.is_contiguous() and other.is_contiguous()))
+        and (
+            _in_int8
+            or kernels.has_amx()
+            or (rows_T.shape[0] >= _MIN_TOKENS and rows_T.is_contiguous() and other.is_contiguous())
+        )
     )

@@ -2,15 +2,21 @@
 #pragma once
 #include <algorithm>
 
+#include "amx.h"
 #include "simd.h"
 
 constexpr int LANES = 16;          // output columns of one vector register
 constexpr int GROUP = 2 * LANES;   // output columns that a tile computes: two registers per row
-constexpr int MAX_TILE_ROWS = 14;  // 28 accumulators, two weights and one activation fill the 32 registers
+// 28 accumulators, two weights and one activation fill the 32 registers; or four of eight matrix tiles hold the sums.
+constexpr int MAX_TILE_ROWS = HAS_AMX ? 32 : 14;
 
-// rows: pair after pair, ROWS words each; columns: pair after pair, GROUP words each.
+// Pairs that `length` entries take up: to fill whole matrix tiles, the last ones may be zero.
+constexpr int64_t num_pairs_of(int64_t length) { return HAS_AMX ? (length + 31) / 32 * 16 : (length + 1) / 2; }
+
+// rows: pair after pair, ROWS words each (amx.h has another order); columns: pair after pair, GROUP words each.
 template <int ROWS>
 inline void product_tile(const uint32_t* rows, const uint32_t* columns, int64_t num_pairs, __m512 (&sums)[ROWS][2]) {
+    if constexpr (HAS_AMX) return product_tile_amx<ROWS>(rows, columns, num_pairs, sums);
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < num_pairs; pair++) {
@@ -73,7 +79,7 @@ inline void pack_panel(const bf16* rows, int64_t second, int64_t width, uint32_t
             __m512i block[16];
             load_block(reinterpret_cast<const uint32_t*>(rows + half * second) + p, pairs, 16, pairs - p, block);
             transpose16(block);
-            const int64_t end = std::min<int64_t>(16, pairs - p);
+            const int64_t end = std::min<int64_t>(16, num_pairs_of(width) - p);
             for (int i = 0; i < end; i++) _mm512_storeu_si512(target + (p + i) * GROUP + half * LANES, block[i]);
         }
 }

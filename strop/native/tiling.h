@@ -54,6 +54,7 @@ struct PanelPlace {
 // Rows of a matrix cut into tiles of equal height: the height that leaves the fewest rows empty.
 struct Tiling {
     int height = 0, count = 0;
+    Tiling(int height, long rows) : height(height), count(int((rows + height - 1) / height)) {}
     // Heights from `highest` down to `fewer` less, or to the rows if they are fewer still.
     Tiling(long rows, int highest, int fewer) {
         long fewest = 0;

@@ -135,30 +135,39 @@ extern "C" void strop_rotate(bf16* x, const bf16* cosine, const bf16* sine, long
 
 static const long SUM_PIECE = 1024;  // entries added up in one register before they join the total
 
-// Per row of logits, z = logit * scale: log-probability of the label, log-sum-exp, and (where wanted) the entropy.
+// Per row of logits, z = logit * scale: log-probability of the label, log-sum-exp, and (where wanted) the entropy. The
+// logits of `block` columns at a time, a multiple of SUM_PIECE or all, lie together: row after row, and then the next block.
 extern "C" void strop_head_statistics(const bf16* logits, const int64_t* labels, float* logprobs, float* lse, float* entropy,
-                                      long rows, long width, float scale, int threads) {
+                                      long rows, long width, long block, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long row = 0; row < rows; row++) {
-        const bf16* z = logits + row * width;
+        const auto from = [=](long column) {
+            const long first = column / block * block;
+            return logits + first * rows + row * std::min(block, width - first) + column - first;
+        };
         const __m512 minus_infinity = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         __m512 largest = minus_infinity;
         // _mm512_max_ps drops a NaN in its first operand, so NaNs are counted: a sum of differences keeps them.
         __m512 poison = _mm512_setzero_ps();
-        for (long i = 0; i < width; i += 16) {
-            const __mmask16 mask = mask_of(width - i);
-            __m512 value = load16_masked(z + i, mask);
-            poison = _mm512_fmadd_ps(value, _mm512_setzero_ps(), poison);
-            largest = _mm512_mask_max_ps(largest, mask, largest, value);
+        for (long begin = 0; begin < width; begin += SUM_PIECE) {
+            const bf16* z = from(begin);
+            const long count = std::min(width - begin, SUM_PIECE);
+            for (long i = 0; i < count; i += 16) {
+                const __mmask16 mask = mask_of(count - i);
+                __m512 value = load16_masked(z + i, mask);
+                poison = _mm512_fmadd_ps(value, _mm512_setzero_ps(), poison);
+                largest = _mm512_mask_max_ps(largest, mask, largest, value);
+            }
         }
         const float top = _mm512_reduce_max_ps(largest);
         const __m512 top16 = _mm512_set1_ps(top), scale16 = _mm512_set1_ps(scale);
         float total = 0, weighted = 0;
         for (long begin = 0; begin < width; begin += SUM_PIECE) {
-            const long end = std::min(width, begin + SUM_PIECE);
+            const bf16* z = from(begin);
+            const long count = std::min(width - begin, SUM_PIECE);
             __m512 sum = _mm512_setzero_ps(), product = _mm512_setzero_ps();
-            for (long i = begin; i < end; i += 16) {
-                const __mmask16 mask = mask_of(end - i);
+            for (long i = 0; i < count; i += 16) {
+                const __mmask16 mask = mask_of(count - i);
                 __m512 shifted = _mm512_mul_ps(_mm512_sub_ps(load16_masked(z + i, mask), top16), scale16);
                 __m512 e = _mm512_maskz_mov_ps(mask, exp16(shifted));
                 sum = _mm512_add_ps(sum, e);
@@ -169,7 +178,7 @@ extern "C" void strop_head_statistics(const bf16* logits, const int64_t* labels,
         }
         const float log_total = std::log(total) + _mm512_reduce_add_ps(poison);
         lse[row] = top * scale + log_total;
-        logprobs[row] = (to_float(z[labels[row]]) - top) * scale - log_total;
+        logprobs[row] = (to_float(*from(labels[row])) - top) * scale - log_total;
         if (entropy) entropy[row] = log_total - weighted / total;
     }
 }

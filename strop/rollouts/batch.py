@@ -31,6 +31,8 @@ class RolloutBatch:
     completions: tuple[tuple[int, ...], ...]
     recorded_rows: tuple[tuple[int, ...], ...]
     """Completion.recorded_rows of each row; empty without a Recording."""
+    recorded_labels: tuple[tuple[int, ...], ...]
+    """The same of Completion.recorded_labels."""
     response_mask_BT: Tensor
     """bool: True = sampled by the policy (the stop token included)."""
     sampling_logprobs_BT: Tensor
@@ -64,6 +66,7 @@ class RolloutBatch:
             prompt_of_row=tuple(self.prompt_of_row[row] for row in rows),
             completions=tuple(self.completions[row] for row in rows),
             recorded_rows=tuple(self.recorded_rows[row] for row in rows),
+            recorded_labels=tuple(self.recorded_labels[row] for row in rows),
             **tensors,
         )
 
@@ -94,6 +97,7 @@ class RolloutBatch:
         token_ids: list[int] = []
         labels: list[int] = []
         recorded_rows: list[int] = []
+        recorded_labels: list[int] = []
         mask_parts: list[Tensor] = []
         segments: list[Segment] = []
         device = self.response_mask_BT.device
@@ -112,6 +116,7 @@ class RolloutBatch:
                 token_ids.extend((prompt[-1], *completion[:-1]))
                 labels.extend(completion)
                 recorded_rows.extend(self.recorded_rows[index][len(prompt) - 1 :])
+                recorded_labels.extend(self.recorded_labels[index])
                 mask_parts.append(self.response_mask_BT[index, : len(completion)])
             segments.append(
                 Segment(
@@ -119,12 +124,15 @@ class RolloutBatch:
                 )
             )
             row = last
+        loss_mask_T = torch.cat(mask_parts)
+        has_labels = len(recorded_labels) == sum(map(len, self.completions)) == int(loss_mask_T.sum())
         return PackedBatch(
             token_ids_T=torch.tensor(token_ids, dtype=torch.int64, device=device),
             labels_T=torch.tensor(labels, dtype=torch.int64, device=device),
-            loss_mask_T=torch.cat(mask_parts),
+            loss_mask_T=loss_mask_T,
             segments=tuple(segments),
             recorded_rows_T=torch.tensor(recorded_rows, device=device) if len(recorded_rows) == len(labels) else None,
+            recorded_labels_R=torch.tensor(recorded_labels, device=device) if has_labels else None,
         )
 
 
@@ -153,6 +161,7 @@ def collate_rollouts(
         prompt_of_row=tuple(prompt for prompt, _ in rows),
         completions=tuple(completion.token_ids for _, completion in rows),
         recorded_rows=tuple(completion.recorded_rows for _, completion in rows),
+        recorded_labels=tuple(completion.recorded_labels for _, completion in rows),
         response_mask_BT=response_mask_BT.to(device),
         sampling_logprobs_BT=sampling_logprobs_BT.to(device),
     )

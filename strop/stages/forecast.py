@@ -351,7 +351,7 @@ _PACKED_INT8_BYTES = 1 + 8 / 64
 
 def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
     """Cache, packed weights, and what a decode step makes, of which logits and sampler are all but a little."""
-    config, dtype = workload.learner.model, workload.dtype
+    config, dtype, num_recomputed = workload.learner.model, workload.dtype, workload.learner.num_recomputed
     slots = min(rollout.num_slots, max(rollout.num_samples, rollout.eval_samples))
     prompts = min(max(1, rollout.num_slots // 4), max(rollout.num_prompts, rollout.eval_samples))
     length = -(-(rollout.prompt_tokens + rollout.new_tokens) // BLOCK) * BLOCK
@@ -363,7 +363,7 @@ def _rollout_bytes(workload: Workload, rollout: Rollout) -> dict[str, float]:
         "cache": float(cache_bytes(config, num_slots=slots + prompts, length=length, bytes_per_number=dtype.itemsize)),
         "packed weights": float(packed * (_PACKED_INT8_BYTES if workload.in_int8 else dtype.itemsize)),
         "logits": float(slots * config.vocab_size * dtype.itemsize + 2 * sampler_rows * config.vocab_size * 4),
-        "recording": float(workload.has_kernels * workload.recorded_tokens * recorded_bytes(config)),
+        "recording": float(workload.has_kernels * workload.recorded_tokens * recorded_bytes(config, num_recomputed)),
     }
 
 
@@ -385,11 +385,8 @@ def _seconds(workload: Workload, probe: Probe) -> dict[str, float]:
         seconds["critic"] = micro_batches * probe.learners[1].at("train_seconds", workload.critic)
     seconds["forward and backward"] = micro_batches * probe.learners[0].at("train_seconds", policy)
     if workload.has_kernels and workload.recorded_tokens:
-        # Of a layer's forward pass remains gate and up, once more where the backward pass would have found them.
-        gate_up = 2 * policy.model.hidden_size * policy.model.intermediate_size / layer_matrices(policy.model)
-        saved_layers = policy.model.num_layers - gate_up * (policy.model.num_layers - policy.num_recomputed)
         share = workload.recorded_tokens / workload.micro_tokens
-        seconds["forward and backward"] -= share * saved_layers * probe.learners[0].slope("forward_seconds")
+        seconds["forward and backward"] -= share * probe.learners[0].at("forward_seconds", policy)
     trained = sum(learner.num_trained for learner in learners)
     seconds["optimizer"] = workload.num_updates * probe.optimizer_seconds * trained
     return seconds

@@ -88,7 +88,9 @@ def grpo_step(
     started = time.perf_counter()
     is_checked = step % _CHECK_EVERY == 1
     records = config.reuse_rollout and not is_checked
-    recording = new_recording(actors.policy, config.micro_batch_tokens) if records else None
+    recording = None
+    if records:
+        recording = new_recording(actors.policy, config.micro_batch_tokens, config.sampling.temperature)
     groups, sampled, judging = sample_groups(actors, tasks, config, step, recording)
     metrics, batch = learn(actors, groups, sampled, judging, config, step, started=started, recording=recording)
     return metrics, groups, batch

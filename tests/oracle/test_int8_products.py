@@ -243,7 +243,8 @@ def test_where_8_bits_cannot_be_had_it_says_why(tmp_path: Path, monkeypatch: pyt
         compute_in("int8")
     assert "start a new run from its checkpoint" in str(refusal.value)  # a resumed one may not change its dtype
     monkeypatch.setattr(build, "_compiler", lambda: "g++")
-    monkeypatch.setattr(build, "_compiler_said", "In file a.cpp:\na.cpp:3: error: expected ';'\n  3 | int x\n")
+    said = "In file a.cpp:\na.cpp:3: error: expected ';'\n  3 | int x\n"
+    monkeypatch.setattr(build, "_failure", build._compiler_failure(said))
     with pytest.raises(ValueError, match=r"do not compile \(a\.cpp:3: error: expected ';'\)"):
         compute_in("int8")
     assert not products.are_in_int8()

@@ -16,9 +16,9 @@ from strop.models.decoder import init_model
 from strop.models.fused import norm_linear, rms_norm, swiglu_linear, tied_embedding
 from strop.models.live_memory import LiveMemory
 from strop.models.logprobs import packed_logprobs
-from strop.native import build
+from strop.native import build, products
 from strop.native import kernels as native
-from strop.objectives.logprobs import linear_logprobs
+from strop.objectives.logprobs import head_statistics, linear_logprobs
 from strop.optim import AdamW, optimizer_step
 from strop.optim.split import SplitMaster
 from strop.types import PackedBatch, Segment
@@ -144,11 +144,48 @@ def test_head(temperature, has_entropy, monkeypatch):
     check(results, hidden, weight, monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize("in_int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("has_entropy", [False, True])
+def test_kept_logits_and_known_results_change_no_bit(has_entropy, in_int8, monkeypatch):
+    hidden, weight = random(77, 64, seed=0), random(8000, 64, seed=1, scale=0.3)
+    labels = torch.randint(0, 8000, (77,), generator=torch.Generator().manual_seed(2))
+
+    def run(known=None):
+        leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        options = {"temperature": 0.7, "with_entropy": has_entropy, "chunk_size": 30, "known": known}
+        logprobs, entropy = linear_logprobs(*leaves, labels, **options)
+        loss = (logprobs * torch.arange(77)).sum() + (0 if entropy is None else 3 * entropy.sum())
+        loss.backward(retain_graph=True)
+        once = [leaf.grad.clone() for leaf in leaves]
+        loss.backward()  # what was kept is used up
+        for leaf, gradient in zip(leaves, once, strict=True):
+            assert torch.equal(leaf.grad, 2 * gradient)
+        return [logprobs, *([entropy] if has_entropy else []), *once]
+
+    with products.int8(in_int8):
+        kept = run()
+        statistics = head_statistics(products.linear(hidden, weight), labels, temperature=0.7, with_entropy=has_entropy)
+        calls = []
+        real = native.head_statistics
+        monkeypatch.setattr(native, "head_statistics", lambda *options: calls.append(options[2]) or real(*options))
+        with_known = run(statistics)
+        assert not calls
+        monkeypatch.setattr("strop.objectives.logprobs._KEPT_BYTES", 77 * 8000 * 2)
+        run()
+        assert calls == [3072]  # blocks of the vocabulary
+        monkeypatch.setattr("strop.objectives.logprobs._KEPT_BYTES", 77 * 8000 * 2 - 1)
+        recomputed = run()
+        assert calls[1:] == [8000] * 3  # chunks of rows
+    for expected, one, other in zip(recomputed, kept, with_known, strict=True):
+        assert torch.equal(one, expected)
+        assert torch.equal(other, expected)
+
+
 def test_head_statistics_are_exact_for_given_logits():
     logits = random(9, 5000, seed=0, scale=5)
     labels = torch.arange(9) * 550
     logprobs, lse, entropy = (torch.empty(9) for _ in range(3))
-    native.head_statistics(logits, labels, logprobs, lse, entropy, 1.25)
+    native.head_statistics(logits, logits.shape[1], logits.shape[1], labels, logprobs, lse, entropy, 1.25)
     log_p = (logits.double() * 1.25).log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), log_p.gather(1, labels[:, None])[:, 0], rtol=0, atol=2e-6)
     torch.testing.assert_close(lse.double(), (logits.double() * 1.25).logsumexp(-1), rtol=1e-6, atol=0)
@@ -166,7 +203,7 @@ def test_a_poisoned_logit_shows_in_the_loss(poison):
     logits = random(2, 100, seed=0)
     logits[1, 70] = poison
     logprobs, lse = torch.empty(2), torch.empty(2)
-    native.head_statistics(logits, torch.tensor([3, 3]), logprobs, lse, None, 1.0)
+    native.head_statistics(logits, logits.shape[1], logits.shape[1], torch.tensor([3, 3]), logprobs, lse, None, 1.0)
     assert logprobs.isfinite().tolist() == [True, False]
 
 

@@ -104,7 +104,7 @@ def test_gradients_are_equal_to_the_bit(
     model = make_model(MODELS[name])
     model.set_checkpointing(checkpointing)  # pyright: ignore[reportArgumentType]
     with products.int8(in_int8):
-        recording = new_recording(model, 1000)
+        recording = new_recording(model, 1000, 1.0)
         assert recording is not None
         batch = rollout(model, tokenizer, recording)
         # What the other samples of a group, and groups that are left out, leave in the recording is not in the way.
@@ -116,8 +116,16 @@ def test_gradients_are_equal_to_the_bit(
 
         monkeypatch.setattr("strop.models.fused._room_for_product", no_forward)  # every product of a forward pass
         monkeypatch.setattr("strop.models.fused._lora_forward", no_forward)
-        monkeypatch.setattr("strop.models.fused._product", lambda x, weight, bias: products.linear(x, weight, bias))
+        monkeypatch.setattr("strop.objectives.logprobs._write_statistics", no_forward)
+        recomputed: list[int] = []
+
+        def recompute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            recomputed.append(weight.shape[0])
+            return products.linear(x, weight, bias)
+
+        monkeypatch.setattr("strop.models.fused._product", recompute)
         logprobs, found = gradients(model, batch, recording)
+    assert recomputed == [2 * SHAPE["intermediate_size"]] * {"some": 1, "none": 0}[checkpointing]
     assert torch.equal(logprobs, expected_logprobs)
     for parameter, gradient in found.items():
         assert torch.equal(gradient, expected[parameter]), parameter
@@ -128,36 +136,37 @@ def test_what_does_not_fit_is_not_recorded_and_changes_nothing(tokenizer: Tokeni
     expected = rollout(model, tokenizer, None)
     assert expected.packed().recorded_rows_T is None
     for num_rows in (0, 45, 60):
-        recording = new_recording(model, num_rows)
+        recording = new_recording(model, num_rows, 1.0)
         assert recording is not None
         batch = rollout(model, tokenizer, recording)
         assert not recording.is_complete
         assert batch.completions == expected.completions
         assert torch.equal(batch.sampling_logprobs_BT, expected.sampling_logprobs_BT)
-    recording = new_recording(model, 1000)
+    recording = new_recording(model, 1000, 1.0)
     engine = Engine(model, tokenizer)
     request = Request(prompt_ids=(1, 2), sampling=SamplingParams(max_new_tokens=2))
     [[completion]] = engine.generate([request], recording=recording)
     assert completion.recorded_rows == (0, 1, 2)
+    assert completion.recorded_labels == (0, 1)
     [[completion]] = engine.generate([request])  # in the same cache
-    assert completion.recorded_rows == ()
+    assert completion.recorded_rows == completion.recorded_labels == ()
     assert recording is not None and recording.claim(1) == range(3, 4)
 
 
 def test_who_has_no_recording() -> None:
     """Where trainer and rollouts may differ in a bit, or the backward pass needs more."""
     config = MODELS["llama"]
-    assert new_recording(init_model(config, seed=0), 9) is None  # float32
-    assert new_recording(make_model(ModelConfig(**SHAPE, num_heads=4, num_kv_heads=2, head_dim=16)), 9) is None
+    assert new_recording(init_model(config, seed=0), 9, 1.0) is None  # float32
+    assert new_recording(make_model(ModelConfig(**SHAPE, num_heads=4, num_kv_heads=2, head_dim=16)), 9, 1.0) is None
     qwen3 = ModelConfig(**SHAPE, num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=True, model_type="qwen3")
-    assert new_recording(make_model(qwen3), 9) is None
+    assert new_recording(make_model(qwen3), 9, 1.0) is None
     model = make_model(config)
     model.set_checkpointing("all")
-    assert new_recording(model, 9) is None
+    assert new_recording(model, 9, 1.0) is None
     model.set_checkpointing("none")
-    assert new_recording(model, 9) is not None
+    assert new_recording(model, 9, 1.0) is not None
     attach(model, fresh_parts(model, LoraConfig(rank=2), seed=0))
-    assert new_recording(model, 9) is None
+    assert new_recording(model, 9, 1.0) is None
 
 
 def judge(completion_ids: list[list[int]], **_: object) -> list[float]:
