@@ -35,8 +35,13 @@ class AmxTiles {
     AmxTiles(const AmxTiles&) = delete;
 };
 
-// product_tile of tile.h: ROWS is 16 or 32, num_pairs a multiple of 16.
-template <int ROWS>
+inline void fetch_lines(const void* begin, int count) {
+#pragma GCC unroll 36
+    for (int line = 0; line < count; line++) _mm_prefetch((const char*)begin + 64 * line, _MM_HINT_T0);
+}
+
+// product_tile of tile.h: ROWS is 16 or 32, num_pairs a multiple of 16. FETCHES: the columns come from memory.
+template <int ROWS, bool FETCHES>
 inline void product_tile_amx(const uint32_t* rows, const uint32_t* columns, int64_t num_pairs, __m512 (&sums)[ROWS][2]) {
     static_assert(ROWS == 16 || ROWS == 32);
     asm volatile("" ::: "memory");  // tile loads do not say what they read
@@ -47,9 +52,7 @@ inline void product_tile_amx(const uint32_t* rows, const uint32_t* columns, int6
         _tile_zero(3);
     }
     for (int64_t pair = 0; pair < num_pairs; pair += 16) {
-        if constexpr (ROWS == 16)  // few rows: the columns come from memory
-#pragma GCC unroll 32
-            for (int line = 0; line < 32; line++) _mm_prefetch((const char*)columns + 8192 + 64 * line, _MM_HINT_T0);
+        if constexpr (FETCHES) fetch_lines(columns + 2048, 32);
         _tile_loadd(6, columns, 128);
         _tile_loadd(4, rows, 64);
         _tile_loadd(7, columns + 16, 128);
@@ -71,6 +74,33 @@ inline void product_tile_amx(const uint32_t* rows, const uint32_t* columns, int6
     }
 }
 
+// Sums of one block of 64 signed bytes: ROWS rows of 64 bytes, and 32 columns, four entries to a word.
+template <int ROWS>
+inline void exact_sums_amx(const uint32_t* rows, const void* columns, __m512i (&sums)[ROWS][2]) {
+    static_assert(ROWS == 16 || ROWS == 32);
+    asm volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(6, columns, 128);
+    _tile_loadd(4, rows, 64);
+    _tile_loadd(7, (const char*)columns + 64, 128);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (ROWS == 32) {
+        _tile_zero(2);
+        _tile_zero(3);
+        _tile_loadd(5, rows + 256, 64);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, &sums[0][0], 128);
+    _tile_stored(1, &sums[0][1], 128);
+    if constexpr (ROWS == 32) {
+        _tile_stored(2, &sums[16][0], 128);
+        _tile_stored(3, &sums[16][1], 128);
+    }
+}
+
 #else
 
 constexpr bool HAS_AMX = false;
@@ -78,7 +108,10 @@ inline bool may_use_amx() { return true; }
 struct AmxTiles {
     ~AmxTiles() {}  // so that a variable that is only there to live is no unused one
 };
-template <int ROWS>
+template <int ROWS, bool FETCHES>
 inline void product_tile_amx(const uint32_t*, const uint32_t*, int64_t, __m512 (&)[ROWS][2]) {}
+template <int ROWS>
+inline void exact_sums_amx(const uint32_t*, const void*, __m512i (&)[ROWS][2]) {}
+inline void fetch_lines(const void*, int) {}
 
 #endif

@@ -73,9 +73,6 @@ struct Inputs {
         uint32_t* target = pairs.data() + tiles.first(tile) * num_pairs + row - tiles.first(tile) + column / 2 * height;
         for (int i = 0; i < COUNT; i++) target[i * height] = values[i];
     }
-    // Rows of the lower tiles beside those of ROWS; 0 for none.
-    template <int ROWS>
-    static constexpr int low() { return HAS_AMX ? (ROWS == 32 ? 16 : 0) : ROWS - 1; }
     static constexpr bool IS_ARRANGED_BY_ROW = false;
     void arrange(int64_t) {}
 
@@ -84,7 +81,9 @@ struct Inputs {
     static void pack(const bf16* weight, int64_t second, int64_t width, bf16* panel) { pack_panel(weight, second, width, (uint32_t*)panel); }
     template <int ROWS>
     void multiply(const bf16* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        product_tile<ROWS>(words() + tiles.first(number) * num_pairs, (const uint32_t*)panel, num_pairs, sums);
+        const uint32_t* tile = words() + tiles.first(number) * num_pairs;
+        if (number == 0) product_tile<ROWS, true>(tile, (const uint32_t*)panel, num_pairs, sums);
+        else product_tile<ROWS>(tile, (const uint32_t*)panel, num_pairs, sums);
     }
 };
 
@@ -97,19 +96,29 @@ struct Inputs8 {
     std::vector<uint32_t> words;
 
     Inputs8(int64_t num_rows, int64_t width)
-        : tiles(num_rows, MAX_TILE_ROWS_8), width(width), blocks(num_blocks(width)), rows(num_rows * width),
-          words(num_rows * blocks * tile_block_words(1)) {}
+        : tiles(HAS_AMX ? Tiles::of_16(num_rows) : Tiles(num_rows, MAX_TILE_ROWS_8)), width(width), blocks(num_blocks(width)),
+          rows(num_rows * width), words((HAS_AMX ? (num_rows + 15) / 16 * 16 : num_rows) * blocks * tile_block_words(1) + 16) {}
+    uint32_t* first_word() { return (uint32_t*)(((uintptr_t)words.data() + 63) / 64 * 64); }
+    const uint32_t* first_word() const { return const_cast<Inputs8*>(this)->first_word(); }
     template <int COUNT>
     void put(int64_t row, int64_t column, const uint32_t* values) {
         std::memcpy(rows.data() + row * width + column, values, COUNT * sizeof(uint32_t));
     }
-    template <int ROWS>
-    static constexpr int low() { return ROWS - 1; }
     static constexpr bool IS_ARRANGED_BY_ROW = true;
     // After the last put of a row.
     void arrange(int64_t row) {
         const int tile = tiles.of(row), height = tiles.rows(tile);
-        uint32_t* target = words.data() + blocks * tile_block_words(tiles.first(tile)) + row - tiles.first(tile);
+        const int64_t place = row - tiles.first(tile);
+        uint32_t* target = first_word() + blocks * tile_block_words(tiles.first(tile));
+        if constexpr (HAS_AMX) {
+            for (int64_t block = 0; block < blocks; block++, target += tile_block_words(height)) {
+                float scale;
+                _mm512_store_si512(target + place * QUADS, quantise_block(rows.data() + row * width + block * BLOCK, width - block * BLOCK, &scale));
+                std::memcpy(target + QUADS * height + place, &scale, sizeof(scale));
+            }
+            return;
+        }
+        target += place;
         for (int64_t block = 0; block < blocks; block++, target += tile_block_words(height)) {
             alignas(64) uint32_t quads[QUADS];
             float scale;
@@ -125,7 +134,12 @@ struct Inputs8 {
     }
     template <int ROWS>
     void multiply(const ColumnBlock* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        const uint32_t* tile = words.data() + blocks * tile_block_words(tiles.first(number));
+        const uint32_t* tile = first_word() + blocks * tile_block_words(tiles.first(number));
+        if constexpr (HAS_AMX) {
+            if (number == 0) product_tile_8<ROWS, 1>(tile, panel, width, nullptr, sums);
+            else product_tile_8<ROWS, 0>(tile, panel, width, nullptr, sums);
+            return;
+        }
         // With one tile what is needed next comes from memory all the time; with several the first ones ask for the next panel.
         if (tiles.count == 1) return product_tile_8<ROWS, 2>(tile, panel, width, (const char*)panel + 8192, sums);
         const char* next = (const char*)(panel + blocks);
@@ -150,7 +164,7 @@ void product_rows(const In& input, const typename In::Weights* weights, int64_t 
     for (int64_t group = num_groups * thread / num_threads; group < num_groups * (thread + 1) / num_threads; group++) {
         const auto* panel = weights + group * panel_size;
         for (int tile = 0; tile < input.tiles.num_tall; tile++) product_tile_rows<ROWS>(input, panel, tile, group, finish);
-        constexpr int LOW = In::template low<ROWS>();
+        constexpr int LOW = !HAS_AMX ? ROWS - 1 : ROWS == 32 ? 16 : 0;  // see Tiles
         if constexpr (LOW > 0)
             for (int tile = input.tiles.num_tall; tile < input.tiles.count; tile++) product_tile_rows<LOW>(input, panel, tile, group, finish);
     }
@@ -159,7 +173,7 @@ void product_rows(const In& input, const typename In::Weights* weights, int64_t 
 template <typename In, typename Finish>
 void product(const In& input, const typename In::Weights* weights, int64_t width, int64_t num_groups, Finish&& finish) {
     const int64_t size = In::panel_size(width);
-    if constexpr (HAS_AMX && !In::IS_ARRANGED_BY_ROW) {
+    if constexpr (HAS_AMX) {
         if (input.tiles.height == 16) product_rows<16>(input, weights, size, num_groups, finish);
         else product_rows<32>(input, weights, size, num_groups, finish);
         return;

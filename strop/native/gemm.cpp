@@ -4,8 +4,6 @@
 // that is summed over. Operands are first written in the order in which the inner loop reads them: A in tiles of a few
 // rows, pair after pair, the rows of a tile side by side (each is broadcast); B in panels of 32 columns, pair after pair.
 // That costs a few per cent of the product, and the inner loop then runs at the rate of its dot-product instructions.
-// The smaller operand is written out whole, for all threads; of the larger one each thread writes a piece at a time, and
-// uses it up while it is in its cache.
 #include <algorithm>
 
 #include "simd.h"
@@ -82,28 +80,20 @@ void pack_panel_of_columns(const bf16* source, long stride, long length, uint32_
     }
 }
 
-// How many of `count` pieces of so many words each a thread arranges at a time: as many as its second cache holds beside
-// what they are multiplied by, and for all threads alike.
-long pieces_at_a_time(long count, long words, int threads) {
-    constexpr long CACHED_WORDS = 3 << 16;
-    const long each = (count + threads - 1) / threads, most = std::max(1L, CACHED_WORDS / words);
-    const long times = (each + most - 1) / most;
-    return (each + times - 1) / times;
-}
-
-struct Gemm {
+struct Gemm : Pieces {
     const bf16 *a, *b, *bias;
     bf16* c;
-    long rows, columns, length;
     bool a_is_columns, b_is_rows;
-    Tiling tiling;
-    long pairs, num_panels;
-    long tiles_at_a_time, panels_at_a_time;
+    long pairs;
     const uint32_t* packed_b = nullptr;  // in place of b: all panels, arranged before
     PanelPlace place;
 
-    long tile_words() const { return pairs * tiling.height; }
-    long panel_words() const { return pairs * GROUP; }
+    Gemm(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, bool a_is_columns, bool b_is_rows, int threads)
+        : Pieces(rows, columns, length, num_pairs_of(length), MAX_TILE_ROWS, 4, 4, threads), a(a), b(b), bias(bias), c(c),
+          a_is_columns(a_is_columns), b_is_rows(b_is_rows), pairs(num_pairs_of(length)) {
+        set_panel_words(pairs * GROUP, threads);
+    }
+    const uint32_t* packed_panels() const { return packed_b; }
 
     // Tiles from `begin` on, at most tiles_at_a_time; returns how many they are.
     long pack_a(long begin, uint32_t* target) const {
@@ -114,20 +104,13 @@ struct Gemm {
         }
         for (long tile = 0; tile < count; tile++) {
             const long row = first + tile * tiling.height, used = std::min<long>(tiling.height, rows - row);
-            pack_tile(a + row * length, length, used, tiling.height, pairs, target + tile * tile_words());
+            pack_tile(a + row * length, length, used, tiling.height, pairs, target + tile * tile_words);
         }
         return count;
     }
     void pack_b(long panel, uint32_t* target) const {
         if (b_is_rows) pack_panel(b + panel * GROUP * length, LANES * length, length, target);
         else pack_panel_of_columns(b + panel * GROUP, columns, length, target);
-    }
-    // Panels from `begin` on, at most panels_at_a_time; `count` is how many they are.
-    const uint32_t* panels_at(long begin, uint32_t* room, long* count) const {
-        *count = std::min(panels_at_a_time, num_panels - begin);
-        if (packed_b) return packed_b + begin * panel_words();
-        for (long panel = 0; panel < *count; panel++) pack_b(begin + panel, room + panel * panel_words());
-        return room;
     }
     template <int ROWS>
     void multiply_tile(long tile, const uint32_t* packed_tile, long panel, const uint32_t* packed_panel) const {
@@ -142,64 +125,7 @@ struct Gemm {
         }
         for (int r = 0; r < used; r++) place.store(target + r * columns, sums[r][0], sums[r][1]);
     }
-    template <int ROWS>
-    void run(int threads) const {
-        static thread_local Workspace of_caller;
-        const bool shares_a = rows <= columns;
-        uint32_t* shared = of_caller.at_least(shares_a ? tiling.count * tile_words() : packed_b ? 0 : num_panels * panel_words());
-#pragma omp parallel num_threads(threads)
-        {
-            const AmxTiles tiles;
-            static thread_local Workspace own;
-            uint32_t* piece = own.at_least(shares_a ? panels_at_a_time * panel_words() : tiles_at_a_time * tile_words());
-            if (shares_a) {
-#pragma omp for schedule(static)
-                for (long tile = 0; tile < tiling.count; tile += tiles_at_a_time) pack_a(tile, shared + tile * tile_words());
-#pragma omp for schedule(static)
-                for (long panel = 0; panel < num_panels; panel += panels_at_a_time) {
-                    long count;
-                    const uint32_t* some = panels_at(panel, piece, &count);
-                    for (long tile = 0; tile < tiling.count; tile++)
-                        for (long i = 0; i < count; i++)
-                            multiply_tile<ROWS>(tile, shared + tile * tile_words(), panel + i, some + i * panel_words());
-                }
-            } else {
-                const uint32_t* all = packed_b ? packed_b : shared;
-#pragma omp for schedule(static)
-                for (long panel = 0; panel < (packed_b ? 0 : num_panels); panel++) pack_b(panel, shared + panel * panel_words());
-#pragma omp for schedule(static)
-                for (long tile = 0; tile < tiling.count; tile += tiles_at_a_time) {
-                    const long count = pack_a(tile, piece);
-                    for (long panel = 0; panel < num_panels; panel++)
-                        for (long i = 0; i < count; i++)
-                            multiply_tile<ROWS>(tile + i, piece + i * tile_words(), panel, all + panel * panel_words());
-                }
-            }
-        }
-    }
 };
-
-Gemm product_of(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, bool a_is_columns, bool b_is_rows, int threads) {
-    // A matrix tile has 16 rows, and two of them share what they read of the columns.
-    const Tiling tiling = HAS_AMX ? Tiling(rows <= 16 ? 16 : 32, rows) : Tiling(rows, MAX_TILE_ROWS, 4);
-    const long pairs = num_pairs_of(length), num_panels = columns / GROUP;
-    const long tiles = HAS_AMX ? pieces_at_a_time(tiling.count, pairs * tiling.height, threads) : 4;
-    const long panels = HAS_AMX ? pieces_at_a_time(num_panels, pairs * GROUP, threads) : 1;
-    return {a, b, bias, c, rows, columns, length, a_is_columns, b_is_rows, tiling, pairs, num_panels, tiles, panels};
-}
-
-void run(const Gemm& gemm, int threads) {
-#define ROWS_CASE(n) \
-    case n: return gemm.run<n>(threads)
-    if constexpr (HAS_AMX) switch (gemm.tiling.height) {
-        ROWS_CASE(16); ROWS_CASE(32);
-    }
-    else switch (gemm.tiling.height) {
-        ROWS_CASE(1); ROWS_CASE(2); ROWS_CASE(3); ROWS_CASE(4); ROWS_CASE(5); ROWS_CASE(6); ROWS_CASE(7);
-        ROWS_CASE(8); ROWS_CASE(9); ROWS_CASE(10); ROWS_CASE(11); ROWS_CASE(12); ROWS_CASE(13); ROWS_CASE(14);
-#undef ROWS_CASE
-    }
-}
 
 }  // namespace
 
@@ -211,14 +137,14 @@ extern "C" int strop_has_amx() { return HAS_AMX; }
 // stored as (columns, length), else (length, columns). columns is a multiple of 32; length is even where an operand has
 // it as its last dimension.
 extern "C" void strop_gemm(const bf16* a, const bf16* b, const bf16* bias, bf16* c, long rows, long columns, long length, int a_is_columns, int b_is_rows, int threads) {
-    run(product_of(a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, threads), threads);
+    multiply<MAX_TILE_ROWS>(Gemm(a, b, bias, c, rows, columns, length, a_is_columns != 0, b_is_rows != 0, threads), threads);
 }
 
 // C (rows, columns) = A B^T plus bias, A (rows, length), where B is there as decode.cpp's `pack` arranged it, with this
 // stride and second.
 extern "C" void strop_gemm_packed(const bf16* a, const uint32_t* packed, const bf16* bias, bf16* c, long rows, long columns, long length, long stride, long second, int threads) {
-    Gemm gemm = product_of(a, nullptr, bias, c, rows, columns, length, false, true, threads);
+    Gemm gemm(a, nullptr, bias, c, rows, columns, length, false, true, threads);
     gemm.packed_b = packed;
     gemm.place = {stride, second};
-    run(gemm, threads);
+    multiply<MAX_TILE_ROWS>(gemm, threads);
 }

@@ -14,9 +14,10 @@ constexpr int MAX_TILE_ROWS = HAS_AMX ? 32 : 14;
 constexpr int64_t num_pairs_of(int64_t length) { return HAS_AMX ? (length + 31) / 32 * 16 : (length + 1) / 2; }
 
 // rows: pair after pair, ROWS words each (amx.h has another order); columns: pair after pair, GROUP words each.
-template <int ROWS>
+// FETCHES: the columns come from memory, which matrix tiles want to be told.
+template <int ROWS, bool FETCHES = false>
 inline void product_tile(const uint32_t* rows, const uint32_t* columns, int64_t num_pairs, __m512 (&sums)[ROWS][2]) {
-    if constexpr (HAS_AMX) return product_tile_amx<ROWS>(rows, columns, num_pairs, sums);
+    if constexpr (HAS_AMX) return product_tile_amx<ROWS, FETCHES>(rows, columns, num_pairs, sums);
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < num_pairs; pair++) {

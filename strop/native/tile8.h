@@ -12,7 +12,8 @@
 
 constexpr int BLOCK = 64;            // entries that share a scale
 constexpr int QUADS = BLOCK / 4;     // words of four entries
-constexpr int MAX_TILE_ROWS_8 = 7;   // 14 integer and 14 float sums, two weights and one activation
+// 14 integer and 14 float sums, two weights and one activation; or four matrix tiles of integer sums.
+constexpr int MAX_TILE_ROWS_8 = HAS_AMX ? 32 : 7;
 
 // 64 x 32 columns of the second operand.
 struct alignas(64) ColumnBlock {
@@ -21,16 +22,38 @@ struct alignas(64) ColumnBlock {
     int32_t corrections[GROUP];
 };
 
-// A tile of ROWS rows of the first operand: per block 16 x ROWS words, then ROWS scales.
+// A tile of ROWS rows of the first operand: per block 16 x ROWS words, then ROWS scales. For matrix tiles the words of a row
+// are neighbours, and signed.
 constexpr int64_t tile_block_words(int rows) { return (QUADS + 1) * rows; }
 
 inline int64_t num_blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK; }
 inline int num_quads(int64_t length, int64_t block) { return int(std::min<int64_t>(QUADS, (length - block * BLOCK + 3) / 4)); }
 
+// The same on matrix tiles; the sums of a block are what they are there, so the results are equal to the bit.
+template <int ROWS, bool FETCHES>
+inline void product_tile_8_amx(const uint32_t* rows, const ColumnBlock* columns, int64_t length, __m512 (&sums)[ROWS][2]) {
+    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    const int64_t blocks = num_blocks(length);
+    __m512i exact[2][ROWS][2];  // in turn, so that one block is scaled while the next is multiplied
+    for (int64_t block = 0; block < blocks; block++, columns++, rows += tile_block_words(ROWS)) {
+        if constexpr (FETCHES) fetch_lines(columns + 4, sizeof(ColumnBlock) / 64);
+        exact_sums_amx<ROWS>(rows, columns->quads, exact[block % 2]);
+        const float* scales = reinterpret_cast<const float*>(rows + QUADS * ROWS);
+        const __m512 left = _mm512_load_ps(columns->scales), right = _mm512_load_ps(columns->scales + LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            const __m512 scale = _mm512_set1_ps(scales[r]);
+            sums[r][0] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact[block % 2][r][0]), left), scale, sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(exact[block % 2][r][1]), right), scale, sums[r][1]);
+        }
+    }
+}
+
 // LINES cache lines per word of the rows are asked for ahead of their use, from `fetch` on: 0, 1, or 2, which is all that
 // this call reads itself.
 template <int ROWS, int LINES>
 inline void product_tile_8(const uint32_t* rows, const ColumnBlock* columns, int64_t length, const char* fetch, __m512 (&sums)[ROWS][2]) {
+    if constexpr (HAS_AMX) return product_tile_8_amx<ROWS, LINES != 0>(rows, columns, length, sums);
 #pragma GCC unroll 7
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     const int64_t blocks = num_blocks(length);
@@ -126,6 +149,15 @@ inline void pack_column_block(const bf16* rows, int64_t second, int64_t length, 
 
 // Block `block` of up to 16 rows of `length` neighbours as a tile of `height`. Missing rows are zero.
 inline void pack_row_block(const bf16* source, int64_t length, int64_t rows, int height, int64_t block, uint32_t* tile) {
+    if constexpr (HAS_AMX) {
+        uint32_t* target = tile + block * tile_block_words(height);
+        for (int i = 0; i < height; i++) {
+            float scale = 0;
+            _mm512_store_si512(target + i * QUADS, i < rows ? quantise_block(source + i * length + block * BLOCK, length - block * BLOCK, &scale) : _mm512_setzero_si512());
+            std::memcpy(target + QUADS * height + i, &scale, sizeof(scale));
+        }
+        return;
+    }
     const __mmask16 mask = __mmask16((1u << height) - 1);
     alignas(64) float scales[LANES] = {};
     __m512i words[LANES];
