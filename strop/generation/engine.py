@@ -12,7 +12,7 @@ from strop.generation.run import EngineStats, Run, RunFinished, RunToken
 from strop.generation.sampler import Sampler
 from strop.models.interface import Cache, CausalLM
 from strop.models.recording import Recording
-from strop.native.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_between_phases
 from strop.tokenizer import Tokenizer
 from strop.types import Completion, Request, TokenLogprobs
 
@@ -137,7 +137,7 @@ class Engine:
         generate(): training wants it in between."""
         self._cache = None
         self.model.release()
-        give_back_freed_memory()
+        give_back_between_phases()
 
     def cache_for(self, *, num_slots: int, max_length: int) -> Cache:
         """The cache of the last call if it is large enough, else a new one; every slot is free."""

@@ -37,18 +37,12 @@ from strop.models.interface import Cache
 from strop.models.kernel_attention import has_kernels, kernel_attention_linear
 from strop.models.native import NativeDecode, can_decode, check_int8
 from strop.native import kernels as native
-from strop.native.freed_memory import give_back_freed_memory
 from strop.native.kernels import rotate_
 from strop.types import PackedBatch, Segment
 
 if TYPE_CHECKING:
     from strop.models.adapters import AdapterOrigin
     from strop.models.recording import RecordedLayer, Recording
-
-
-_LARGE = 1 << 24
-"""Bytes of all layers' inputs from which on the holes between activations are worth looking for: here memory is at its
-largest."""
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -344,9 +338,6 @@ class Decoder(nn.Module):
             assert batch.recorded_rows_T is not None
             for layer, recorded in zip(self.layers, recording.layers(batch.recorded_rows_T), strict=True):
                 x_TD = layer(x_TD, rope, plan, recorded)
-        is_on_cpu = x_TD.device.type == "cpu"
-        if is_on_cpu and torch.is_grad_enabled() and x_TD.nbytes * self.config.num_layers > _LARGE:
-            give_back_freed_memory()
         return self.final_norm(x_TD)
 
     def new_cache(self, *, num_slots: int, max_length: int) -> KVCache:

@@ -20,6 +20,7 @@ from strop.models.config import ModelConfig
 from strop.models.footprint import recorded_widths
 from strop.models.fused import Linear
 from strop.models.native import can_decode, has_packed_head
+from strop.native.kernels import use_large_pages
 from strop.objectives.logprobs import HeadStatistics, head_statistics
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _room(config: ModelConfig, max_rows: int, is_recomputed: bool, dtype: torch.
     widths = recorded_widths(config, is_recomputed)
     # One block, which large pages fill better than four.
     block = torch.empty(max_rows * sum(widths), dtype=dtype)
+    use_large_pages(block)
     parts = block.split([max_rows * width for width in widths])
     return [part.view(max_rows, width) for part, width in zip(parts, widths, strict=True)]
 

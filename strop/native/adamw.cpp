@@ -29,11 +29,14 @@ static inline void store_changed(float* target, __m512 before, __m512 after) {
 
 struct Adam {
     __m512 scale, shrink, beta1, rest1, beta2, rest2, step_size, root_correction, eps;
+    // Moments are zero before the first step, and not read: reading a page that was never written costs a second fault.
+    bool is_first;
 
     // The master after one update, with the roundings of torch's fused kernel: decay, moments, then the step.
     __m512 update(__m512 weight, __m512 gradient, float* mean, float* square) const {
         gradient = _mm512_mul_ps(gradient, scale);
-        const __m512 old_m = _mm512_loadu_ps(mean), old_v = _mm512_loadu_ps(square);
+        const __m512 old_m = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(mean);
+        const __m512 old_v = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(square);
         __m512 m = _mm512_fmadd_ps(rest1, _mm512_sub_ps(gradient, old_m), old_m);
         __m512 v = _mm512_fmadd_ps(_mm512_mul_ps(rest2, gradient), gradient, _mm512_mul_ps(old_v, beta2));
         store_changed(mean, old_m, m);
@@ -78,7 +81,7 @@ extern "C" void strop_adamw(bf16* parameter, int16_t* rest, const void* gradient
                             double correction1, double root_correction2, int threads) {
     auto all = [](double value) { return _mm512_set1_ps(float(value)); };
     const Adam adam = {all(grad_scale), all(1 - lr * decay), all(beta1), all(1 - beta1), all(beta2), all(1 - beta2),
-                       all(lr / correction1), all(root_correction2), all(eps)};
+                       all(lr / correction1), all(root_correction2), all(eps), correction1 == 1 - beta1};
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long begin = 0; begin < count; begin += PIECE)
         update_piece(adam, parameter, rest, gradient, is_bf16, mean, square, begin, std::min(count, begin + PIECE));
@@ -137,7 +140,7 @@ extern "C" void strop_adamw8(bf16* parameter, int16_t* rest, const void* gradien
                              double decay, double correction1, double root_correction2, int threads) {
     auto all = [](double value) { return _mm512_set1_ps(float(value)); };
     const Adam adam = {all(grad_scale), all(1 - lr * decay), all(beta1), all(1 - beta1), all(beta2), all(1 - beta2),
-                       all(lr / correction1), all(root_correction2), all(eps)};
+                       all(lr / correction1), all(root_correction2), all(eps), false};
     auto codes = [&](int at) {
         return Codes{(const float*)tables[at], (const float*)tables[at + 1], (const uint8_t*)tables[at + 2]};
     };

@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
 from functools import cache
+from pathlib import Path
 
 
 def give_back_freed_memory() -> None:
     """Have the C library return what was freed but kept for the next allocation; nothing where it cannot (not glibc).
 
-    For the border between two phases with tensors of other sizes, such as rollout and update: the holes that one leaves
-    do not fit the other, so that the process would hold the sum of both. What is needed again costs page faults, so not
-    between equal steps.
+    For once, where something has ended that does not come again (loading, a first step). What is needed again costs
+    page faults: on a virtual machine, whose host may take back what is given back, a hundred milliseconds for 200 MB.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def give_back_between_phases() -> None:
+    """give_back_freed_memory, if more than half of the process is free.
+
+    For the border between two phases that take turns with tensors of other sizes, such as rollout and update: what one
+    leaves is mostly of use to the other.
+    """
+    libc = _libc()
+    if libc is None:
+        return
+    free = libc.mallinfo2().fordblks
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if 2 * free > resident:
+        libc.malloc_trim(0)
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def _libc() -> ctypes.CDLL | None:
+    """glibc 2.33 or later, on Linux."""
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim.argtypes = (ctypes.c_size_t,)
+        libc.mallinfo2.restype = _Mallinfo2
     except (AttributeError, OSError, TypeError):
         return None
-    trim.argtypes = (ctypes.c_size_t,)
-    return trim
+    return libc

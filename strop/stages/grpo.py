@@ -25,7 +25,7 @@ from strop.data import TaskBatches, load_rows, tasks_from_rows
 from strop.generation import Engine
 from strop.models import CausalLM, save_model
 from strop.models.recording import Recording, new_recording
-from strop.native.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_between_phases
 from strop.objectives.advantages import batch_advantages, group_advantages, leave_one_out_advantages
 from strop.objectives.aggregate import (
     sequence_sum,
@@ -140,7 +140,7 @@ def learn(
             # No learning row at all (every group flat) is not a fault of the gradient.
             num_skipped += not math.isfinite(report.grad_norm)
             norms.append(report.grad_norm)
-    give_back_freed_memory()
+    give_back_between_phases()
     ended = time.perf_counter()
     num_tokens = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
     metrics = rollout_metrics(sampled, actors.reward.names) | judging.metrics(ended - started)

@@ -24,7 +24,7 @@ from typing import Any
 from strop.data import PackedBatches, TaskBatches, load_rows, sft_examples, tasks_from_rows
 from strop.generation import Engine
 from strop.models import CausalLM, save_model
-from strop.native.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_between_phases
 from strop.objectives.kl import adaptive_kl_coef
 from strop.optim import AdamW, DivergedError, SkippedSteps, StepReport, optimizer_step
 from strop.rewards.base import WeightedRewards
@@ -164,7 +164,7 @@ def learn(
             if position.ptx is not None and trains_policy:
                 ptx_losses.append(ptx_backward(actors.policy, position.ptx, config))
             reports.append(update(actors, config, step))
-    give_back_freed_memory()
+    give_back_between_phases()
     metrics = averages.result() | update_metrics(reports)
     return metrics | ({"ptx_loss": sum(ptx_losses) / len(ptx_losses)} if ptx_losses else {})
 

@@ -26,7 +26,7 @@ from strop.environments import load_environment, load_opponent
 from strop.evals.games import evaluate_games, results
 from strop.generation import Engine
 from strop.models import CausalLM, load_model, save_model
-from strop.native.freed_memory import give_back_freed_memory
+from strop.native.freed_memory import give_back_between_phases
 from strop.objectives.aggregate import masked_sum
 from strop.objectives.kl import kl_k3
 from strop.objectives.policy_gradient import clipped_policy_loss
@@ -277,7 +277,7 @@ def update(
         # No move to learn from at all is not a fault of the gradient.
         num_skipped += not math.isfinite(report.grad_norm)
         norms.append(report.grad_norm)
-    give_back_freed_memory()
+    give_back_between_phases()
     return averages, sum(norms) / len(norms), num_skipped
 
 

@@ -10,7 +10,7 @@ from strop.cli.main import main
 from strop.native import malloc
 from strop.native.malloc import for_large_blocks
 
-SETTING = "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
+SETTING = ":".join(f"{name}={value}" for name, value in malloc._SETTINGS.items())
 PROGRAM = """
 import os, sys
 from strop.native.malloc import restart_for_large_blocks
@@ -44,9 +44,11 @@ def test_other_settings_are_kept_and_these_are_respected() -> None:
         "glibc.malloc.arena_max=2",
         f"glibc.malloc.arena_max=2:{SETTING}",
     ]
-    settled = "glibc.malloc.tcache_count=7"
-    assert [line[1] for line in printed(settled)] == [settled, f"{settled}:glibc.malloc.hugetlb=1"]
-    settled += ":glibc.malloc.hugetlb=0"
+    names, values = zip(*malloc._SETTINGS.items(), strict=True)
+    settled = f"{names[0]}=7"
+    missing = ":".join(f"{name}={value}" for name, value in zip(names[1:], values[1:], strict=True))
+    assert [line[1] for line in printed(settled)] == [settled, f"{settled}:{missing}"]
+    settled = ":".join(f"{name}=0" for name in names)
     assert [line[1] for line in printed(settled)] == [settled]
 
 
