@@ -21,23 +21,21 @@
 
 namespace {
 
-// Rows cut into the fewest tiles: some of them tall, the others `less` lower.
+// Rows cut into the fewest tiles: some of them tall, the others `less` lower. Matrix tiles: of 32 rows, and a last one of
+// 16 if no more are left; rows that are missing are there, but unused.
 struct Tiles {
     int64_t num_rows;
     int height, count, num_tall, less;
-    Tiles(int64_t rows, int highest) : num_rows(rows), less(1) {
-        count = int((rows + highest - 1) / highest);
+    Tiles(int64_t rows, int highest) : num_rows(rows), count(int((rows + highest - 1) / highest)), less(HAS_AMX ? 16 : 1) {
+        if (HAS_AMX) {
+            height = rows <= 16 ? 16 : 32;
+            num_tall = count - (rows > 16 && (rows - 1) % 32 < 16);
+            return;
+        }
         height = int((rows + count - 1) / count);
         num_tall = int(rows - int64_t(count) * (height - 1));
     }
-    // Of 32 rows, and a last one of 16 if no more are left; there may be fewer rows than fill them.
-    static Tiles of_16(int64_t rows) {
-        Tiles tiles(rows, 32);
-        tiles.height = rows <= 16 ? 16 : 32;
-        tiles.less = 16;
-        tiles.num_tall = tiles.count - (rows > 16 && (rows - 1) % 32 < 16);
-        return tiles;
-    }
+    int64_t padded_rows() const { return first(count - 1) + rows(count - 1); }
     int64_t first(int tile) const { return int64_t(tile) * height - less * std::max(0, tile - num_tall); }
     int rows(int tile) const { return tile < num_tall ? height : height - less; }
     int used(int tile) const { return int(std::min<int64_t>(rows(tile), num_rows - first(tile))); }
@@ -47,30 +45,37 @@ struct Tiles {
     }
 };
 
+// Zeros at first, from the beginning of a cache line on.
+class Words {
+  public:
+    explicit Words(int64_t count) : room_(count + LANES) {}
+    uint32_t* begin() { return (uint32_t*)(((uintptr_t)room_.data() + 63) / 64 * 64); }
+    const uint32_t* begin() const { return const_cast<Words*>(this)->begin(); }
+
+  private:
+    std::vector<uint32_t> room_;
+};
+
 // The inputs of a product in the order in which it reads them: tile by tile; inside a tile, pair after pair of inputs,
 // and for each pair the rows side by side; or as amx.h says.
 struct Inputs {
     using Weights = bf16;
     Tiles tiles;
     int64_t num_pairs = 0;
-    std::vector<uint32_t> pairs;
+    Words pairs;
 
     Inputs(int64_t rows, int64_t width)
-        : tiles(HAS_AMX ? Tiles::of_16(rows) : Tiles(rows, MAX_TILE_ROWS)), num_pairs(num_pairs_of(width)),
-          pairs(HAS_AMX ? (rows + 15) / 16 * 16 * num_pairs + 16 : rows * num_pairs) {}
-    // A matrix tile's rows lie in lines of their own.
-    uint32_t* words() { return HAS_AMX ? (uint32_t*)(((uintptr_t)pairs.data() + 63) / 64 * 64) : pairs.data(); }
-    const uint32_t* words() const { return const_cast<Inputs*>(this)->words(); }
+        : tiles(rows, MAX_TILE_ROWS), num_pairs(num_pairs_of(width)), pairs(tiles.padded_rows() * num_pairs) {}
     // COUNT words of two inputs of one row, starting at input `column`.
     template <int COUNT>
     void put(int64_t row, int64_t column, const uint32_t* values) {
         const int tile = tiles.of(row), height = tiles.rows(tile);
         if constexpr (HAS_AMX) {
-            uint32_t* target = words() + tiles.first(tile) * num_pairs + column / 32 * height * 16 + (row - tiles.first(tile)) * 16;
+            uint32_t* target = pairs.begin() + tiles.first(tile) * num_pairs + column / 32 * height * 16 + (row - tiles.first(tile)) * 16;
             std::memcpy(target + column % 32 / 2, values, COUNT * sizeof(uint32_t));
             return;
         }
-        uint32_t* target = pairs.data() + tiles.first(tile) * num_pairs + row - tiles.first(tile) + column / 2 * height;
+        uint32_t* target = pairs.begin() + tiles.first(tile) * num_pairs + row - tiles.first(tile) + column / 2 * height;
         for (int i = 0; i < COUNT; i++) target[i * height] = values[i];
     }
     static constexpr bool IS_ARRANGED_BY_ROW = false;
@@ -81,7 +86,7 @@ struct Inputs {
     static void pack(const bf16* weight, int64_t second, int64_t width, bf16* panel) { pack_panel(weight, second, width, (uint32_t*)panel); }
     template <int ROWS>
     void multiply(const bf16* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        const uint32_t* tile = words() + tiles.first(number) * num_pairs;
+        const uint32_t* tile = pairs.begin() + tiles.first(number) * num_pairs;
         if (number == 0) product_tile<ROWS, true>(tile, (const uint32_t*)panel, num_pairs, sums);
         else product_tile<ROWS>(tile, (const uint32_t*)panel, num_pairs, sums);
     }
@@ -93,13 +98,11 @@ struct Inputs8 {
     Tiles tiles;
     int64_t width, blocks;
     std::vector<bf16> rows;
-    std::vector<uint32_t> words;
+    Words words;
 
     Inputs8(int64_t num_rows, int64_t width)
-        : tiles(HAS_AMX ? Tiles::of_16(num_rows) : Tiles(num_rows, MAX_TILE_ROWS_8)), width(width), blocks(num_blocks(width)),
-          rows(num_rows * width), words((HAS_AMX ? (num_rows + 15) / 16 * 16 : num_rows) * blocks * tile_block_words(1) + 16) {}
-    uint32_t* first_word() { return (uint32_t*)(((uintptr_t)words.data() + 63) / 64 * 64); }
-    const uint32_t* first_word() const { return const_cast<Inputs8*>(this)->first_word(); }
+        : tiles(num_rows, MAX_TILE_ROWS_8), width(width), blocks(num_blocks(width)), rows(num_rows * width),
+          words(tiles.padded_rows() * blocks * tile_block_words(1)) {}
     template <int COUNT>
     void put(int64_t row, int64_t column, const uint32_t* values) {
         std::memcpy(rows.data() + row * width + column, values, COUNT * sizeof(uint32_t));
@@ -109,7 +112,7 @@ struct Inputs8 {
     void arrange(int64_t row) {
         const int tile = tiles.of(row), height = tiles.rows(tile);
         const int64_t place = row - tiles.first(tile);
-        uint32_t* target = first_word() + blocks * tile_block_words(tiles.first(tile));
+        uint32_t* target = words.begin() + blocks * tile_block_words(tiles.first(tile));
         if constexpr (HAS_AMX) {
             for (int64_t block = 0; block < blocks; block++, target += tile_block_words(height)) {
                 float scale;
@@ -134,7 +137,7 @@ struct Inputs8 {
     }
     template <int ROWS>
     void multiply(const ColumnBlock* panel, int number, __m512 (&sums)[ROWS][2]) const {
-        const uint32_t* tile = first_word() + blocks * tile_block_words(tiles.first(number));
+        const uint32_t* tile = words.begin() + blocks * tile_block_words(tiles.first(number));
         if constexpr (HAS_AMX) {
             if (number == 0) product_tile_8<ROWS, 1>(tile, panel, width, nullptr, sums);
             else product_tile_8<ROWS, 0>(tile, panel, width, nullptr, sums);
@@ -391,65 +394,65 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
 
 #pragma omp parallel num_threads(num_threads)
     {
-    const AmxTiles matrix_tiles;
-    for (int64_t l = 0; l < shape->num_layers; l++) {
-        const Layer& layer = layers[l];
-        bf16* qkv = record ? record->projections[l] + first_recorded * qkv_width : unrecorded.data();
-        norm_rows(layer.attention_norm);
-        product(normed_input, (Weights)layer.qkv, D, qkv_width / GROUP, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
-            bf16* target = qkv + row * qkv_width + group * GROUP;
-            store16(target, plus_bias(left, layer.qkv_bias, group * GROUP));
-            store16(target + LANES, plus_bias(right, layer.qkv_bias, group * GROUP + LANES));
-        });
+        const AmxTiles matrix_tiles;
+        for (int64_t l = 0; l < shape->num_layers; l++) {
+            const Layer& layer = layers[l];
+            bf16* qkv = record ? record->projections[l] + first_recorded * qkv_width : unrecorded.data();
+            norm_rows(layer.attention_norm);
+            product(normed_input, (Weights)layer.qkv, D, qkv_width / GROUP, [&](int64_t row, int64_t group, __m512 left, __m512 right) {
+                bf16* target = qkv + row * qkv_width + group * GROUP;
+                store16(target, plus_bias(left, layer.qkv_bias, group * GROUP));
+                store16(target + LANES, plus_bias(right, layer.qkv_bias, group * GROUP + LANES));
+            });
 #pragma omp barrier
 #pragma omp for schedule(dynamic, 2)
-        for (int64_t item = 0; item < S * K; item++) {
-            const int64_t s = item / K, k = item % K, length = lengths[s] + 1;
-            bf16* row = qkv + s * qkv_width;
-            bf16 *query = row + k * heads_per_kv * H, *key = row + (N + k) * H, *value = row + (N + K + k) * H;
-            const bf16 *row_cos = layer.has_rope ? cos + s * H : nullptr, *row_sin = sin + s * H;
-            for (int64_t g = 0; g < heads_per_kv; g++) prepare_head(query + g * H, H, layer.q_norm, shape->eps, row_cos, row_sin);
-            prepare_head(key, H, layer.k_norm, shape->eps, row_cos, row_sin);
-            bf16* own_keys = keys + l * layer_stride + item * capacity * H;
-            bf16* own_values = values + l * layer_stride + item * capacity * H;
-            std::memcpy(own_keys + lengths[s] * H, key, H * sizeof(bf16));
-            std::memcpy(own_values + lengths[s] * H, value, H * sizeof(bf16));
-            const int64_t next_length = item + 1 < S * K ? lengths[(item + 1) / K] + 1 : 0;
-            const bf16* next_keys = own_keys + capacity * H;
-            float* own_scores = scores.data() + omp_get_thread_num() * heads_per_kv * scores_stride;
-            for (int64_t g = 0; g < heads_per_kv; g += 4) {
-                // Calls, no choice between pointers: that GCC 12 has compiled wrongly (a cmov after an inc).
-                switch (std::min<int64_t>(4, heads_per_kv - g)) {
+            for (int64_t item = 0; item < S * K; item++) {
+                const int64_t s = item / K, k = item % K, length = lengths[s] + 1;
+                bf16* row = qkv + s * qkv_width;
+                bf16 *query = row + k * heads_per_kv * H, *key = row + (N + k) * H, *value = row + (N + K + k) * H;
+                const bf16 *row_cos = layer.has_rope ? cos + s * H : nullptr, *row_sin = sin + s * H;
+                for (int64_t g = 0; g < heads_per_kv; g++) prepare_head(query + g * H, H, layer.q_norm, shape->eps, row_cos, row_sin);
+                prepare_head(key, H, layer.k_norm, shape->eps, row_cos, row_sin);
+                bf16* own_keys = keys + l * layer_stride + item * capacity * H;
+                bf16* own_values = values + l * layer_stride + item * capacity * H;
+                std::memcpy(own_keys + lengths[s] * H, key, H * sizeof(bf16));
+                std::memcpy(own_values + lengths[s] * H, value, H * sizeof(bf16));
+                const int64_t next_length = item + 1 < S * K ? lengths[(item + 1) / K] + 1 : 0;
+                const bf16* next_keys = own_keys + capacity * H;
+                float* own_scores = scores.data() + omp_get_thread_num() * heads_per_kv * scores_stride;
+                for (int64_t g = 0; g < heads_per_kv; g += 4) {
+                    // Calls, no choice between pointers: that GCC 12 has compiled wrongly (a cmov after an inc).
+                    switch (std::min<int64_t>(4, heads_per_kv - g)) {
 #define HEADS_CASE(n) \
-    case n: attend<n>(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, next_keys, next_length, attended, s, (k * heads_per_kv + g) * H); break
-                    HEADS_CASE(1); HEADS_CASE(2); HEADS_CASE(3); HEADS_CASE(4);
+        case n: attend<n>(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, next_keys, next_length, attended, s, (k * heads_per_kv + g) * H); break
+                        HEADS_CASE(1); HEADS_CASE(2); HEADS_CASE(3); HEADS_CASE(4);
 #undef HEADS_CASE
+                    }
                 }
             }
+            arrange_rows(attended);
+            product(attended, (Weights)layer.output, N * H, D / GROUP, add_to_stream(layer.output_bias, record ? record->attended[l] + first_recorded * D : nullptr));
+#pragma omp barrier
+            bf16* gate_up = record && record->gate_ups[l] ? record->gate_ups[l] + first_recorded * 2 * I : nullptr;
+            norm_rows(layer.mlp_norm);
+            product(normed_input, (Weights)layer.gate_up, D, I / LANES, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
+                gate = plus_bias(gate, layer.gate_up_bias, group * LANES);
+                up = plus_bias(up, layer.gate_up_bias ? layer.gate_up_bias + I : nullptr, group * LANES);
+                if (gate_up) {
+                    bf16* target = gate_up + row * 2 * I + group * LANES;
+                    store16(target, gate);
+                    store16(target + I, up);
+                }
+                const __m512 silu = _mm512_mul_ps(gate, sigmoid16(gate));
+                alignas(32) uint32_t pairs[LANES / 2];
+                _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(silu, up)));
+                gated.template put<LANES / 2>(row, group * LANES, pairs);
+            });
+#pragma omp barrier
+            arrange_rows(gated);
+            product(gated, (Weights)layer.down, I, D / GROUP, add_to_stream(layer.down_bias, record ? record->mlps[l] + first_recorded * D : nullptr));
+#pragma omp barrier
         }
-        arrange_rows(attended);
-        product(attended, (Weights)layer.output, N * H, D / GROUP, add_to_stream(layer.output_bias, record ? record->attended[l] + first_recorded * D : nullptr));
-#pragma omp barrier
-        bf16* gate_up = record && record->gate_ups[l] ? record->gate_ups[l] + first_recorded * 2 * I : nullptr;
-        norm_rows(layer.mlp_norm);
-        product(normed_input, (Weights)layer.gate_up, D, I / LANES, [&](int64_t row, int64_t group, __m512 gate, __m512 up) {
-            gate = plus_bias(gate, layer.gate_up_bias, group * LANES);
-            up = plus_bias(up, layer.gate_up_bias ? layer.gate_up_bias + I : nullptr, group * LANES);
-            if (gate_up) {
-                bf16* target = gate_up + row * 2 * I + group * LANES;
-                store16(target, gate);
-                store16(target + I, up);
-            }
-            const __m512 silu = _mm512_mul_ps(gate, sigmoid16(gate));
-            alignas(32) uint32_t pairs[LANES / 2];
-            _mm256_store_si256((__m256i*)pairs, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(silu, up)));
-            gated.template put<LANES / 2>(row, group * LANES, pairs);
-        });
-#pragma omp barrier
-        arrange_rows(gated);
-        product(gated, (Weights)layer.down, I, D / GROUP, add_to_stream(layer.down_bias, record ? record->mlps[l] + first_recorded * D : nullptr));
-#pragma omp barrier
-    }
     }
 #pragma omp parallel for num_threads(num_threads) schedule(static)
     for (int64_t s = 0; s < S; s++) {
