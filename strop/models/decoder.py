@@ -307,7 +307,7 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V). For training use objectives.linear_logprobs, which never holds all of it."""
+        """(..., D) -> (..., V). For training use objectives.linear_logprobs, which spares what it can of it."""
         logits = None if self._native is None else self._native.logits(hidden)
         if logits is None and native.has_kernels(hidden):
             rows = lora_linear(hidden.reshape(-1, hidden.shape[-1]), self.lm_head_weight, None, None)

@@ -20,7 +20,7 @@ def packed_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """(logprobs_R, entropy_R or None), float32: one value per True of loss_mask_T, in packed order.
 
-    The head runs on those positions only and never holds more than a chunk of (R, V).
+    The head runs on those positions only and holds (R, V) only where it is small (linear_logprobs).
     """
     known = None
     if recording is not None and batch.recorded_labels_R is not None:

@@ -236,19 +236,14 @@ inline void put_register(In& output, int64_t row, int64_t column, __m512i words)
 
 // What HEADS query heads that share keys and values get from them, each sum in the order of attention.cpp's forward pass:
 // the trainer's logprobs are then those of the rollout. queries and scores of a head lie query_stride and score_stride
-// behind those of the one before; scores have room for `length` rounded up to a multiple of 16. The values, and then
-// next_length of next_keys, come from memory while something is computed.
+// behind those of the one before; scores have room for `length` rounded up to a multiple of 16.
 template <int HEADS, typename In>
-void attend(const bf16* queries, int64_t query_stride, const bf16* keys, const bf16* values, int64_t length, int64_t width, float scale, float* scores, int64_t score_stride, const bf16* next_keys, int64_t next_length, In& output, int64_t row, int64_t column) {
-    const auto fetch = [&](const bf16* rows, int64_t begin, int64_t end) {
-        for (int64_t i = begin * width; i < end * width; i += 32) _mm_prefetch((const char*)(rows + i), _MM_HINT_T0);
-    };
+void attend(const bf16* queries, int64_t query_stride, const bf16* keys, const bf16* values, int64_t length, int64_t width, float scale, float* scores, int64_t score_stride, In& output, int64_t row, int64_t column) {
     float tops[HEADS];
     __m512 highest[HEADS];
 #pragma GCC unroll 4
     for (int g = 0; g < HEADS; g++) highest[g] = _mm512_set1_ps(-INFINITY);
     for (int64_t t = 0; t < length; t += LANES) {
-        fetch(values, t, std::min(length, t + LANES));
         __m512 sums[HEADS];
 #pragma GCC unroll 4
         for (int g = 0; g < HEADS; g++) sums[g] = _mm512_setzero_ps();
@@ -295,7 +290,6 @@ void attend(const bf16* queries, int64_t query_stride, const bf16* keys, const b
 #pragma GCC unroll 4
         for (int g = 0; g < HEADS; g++) sums[g][0] = sums[g][1] = _mm512_setzero_ps();
         for (int64_t t = 0; t < length; t += 2) {
-            if (h == 0) fetch(next_keys, t, std::min(next_length, t + 2));
             const __m512i first = _mm512_loadu_si512(values + t * width + h);
             const __m512i second = t + 1 < length ? _mm512_loadu_si512(values + (t + 1) * width + h) : _mm512_setzero_si512();
             const __m512bh left = (__m512bh)_mm512_permutex2var_epi16(first, low_order, second);
@@ -417,14 +411,18 @@ void decode_step(const Shape* shape, const Layer* layers, const bf16* final_norm
                 bf16* own_values = values + l * layer_stride + item * capacity * H;
                 std::memcpy(own_keys + lengths[s] * H, key, H * sizeof(bf16));
                 std::memcpy(own_values + lengths[s] * H, value, H * sizeof(bf16));
-                const int64_t next_length = item + 1 < S * K ? lengths[(item + 1) / K] + 1 : 0;
-                const bf16* next_keys = own_keys + capacity * H;
+                // The values of this head and the keys of the next come from memory while products are computed.
+                const auto fetch = [&](const bf16* begin, int64_t count) {
+                    for (int64_t i = 0; i < count * H; i += 32) _mm_prefetch((const char*)(begin + i), _MM_HINT_T1);
+                };
+                fetch(own_values, length);
+                if (item + 1 < S * K) fetch(own_keys + capacity * H, lengths[(item + 1) / K] + 1);
                 float* own_scores = scores.data() + omp_get_thread_num() * heads_per_kv * scores_stride;
                 for (int64_t g = 0; g < heads_per_kv; g += 4) {
                     // Calls, no choice between pointers: that GCC 12 has compiled wrongly (a cmov after an inc).
                     switch (std::min<int64_t>(4, heads_per_kv - g)) {
 #define HEADS_CASE(n) \
-        case n: attend<n>(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, next_keys, next_length, attended, s, (k * heads_per_kv + g) * H); break
+        case n: attend<n>(query + g * H, H, own_keys, own_values, length, H, shape->scale, own_scores, scores_stride, attended, s, (k * heads_per_kv + g) * H); break
                         HEADS_CASE(1); HEADS_CASE(2); HEADS_CASE(3); HEADS_CASE(4);
 #undef HEADS_CASE
                     }

@@ -74,6 +74,27 @@ print(libc.malloc(2000) in run)
         assert done.stdout.strip() == str(is_joined)
 
 
+@glibc_only
+def test_a_large_block_comes_from_a_heap_that_keeps_its_end() -> None:
+    program = """
+import ctypes
+libc = ctypes.CDLL(None)
+for function in (libc.malloc, libc.sbrk):
+    function.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = (ctypes.c_size_t,), (ctypes.c_void_p,)
+libc.sbrk.argtypes = (ctypes.c_ssize_t,)
+before = libc.sbrk(0)
+block = libc.malloc(1 << 26)
+is_inside = before <= block + (1 << 26) <= libc.sbrk(0)
+libc.free(block)
+print(is_inside and libc.sbrk(0) >= block + (1 << 26))
+"""
+    for environment, is_kept in ((os.environ | {"GLIBC_TUNABLES": ""}, False), (for_large_blocks({}), True)):
+        command = [sys.executable, "-I", "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.strip() == str(is_kept)
+
+
 @pytest.mark.parametrize(("arguments", "is_restarted"), [(["grpo", "none.toml"], True), (["--help"], False)])
 def test_commands_restart_and_help_does_not(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], is_restarted: bool
