@@ -143,8 +143,8 @@ def _measured(small: Small, workload: Workload, has_times: bool) -> Measured:
         return Measured(kept_bytes=kept_bytes, head_peak_bytes=head_peak, tail_peak_bytes=tail_peak)
     train_seconds = best_seconds(lambda: small.loss(batch).backward())
     small.optimizer.zero_grad()
-    has_frozen = workload.frozen_tokens or workload.value_tokens
-    forward_seconds = best_seconds(run_frozen) if has_frozen else 0.0
+    has_forward = workload.frozen_tokens or workload.value_tokens or workload.recorded_tokens
+    forward_seconds = best_seconds(run_frozen) if has_forward else 0.0
     prefill_seconds, decode_seconds = (0.0, 0.0)
     if workload.rollout is not None and small.scalar is None:
         prefill_seconds, decode_seconds = _rollout_seconds(small.decoder, workload.rollout)
@@ -219,8 +219,11 @@ def _optimizer_seconds(small: Small, workload: Workload) -> float:
     return best / dataclasses.replace(workload.learner, model=config).num_trained
 
 
-def best_seconds(run: Callable[[], object], tries: int = 2, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The shortest of so many runs, after one that warms up: whatever disturbs a run can only slow it down."""
+def best_seconds(run: Callable[[], object], tries: int = 8, clock: Callable[[], float] = time.perf_counter) -> float:
+    """The shortest of so many runs, after one that warms up: whatever disturbs a run can only slow it down.
+
+    Many, because what one layer adds is a small difference of two such times, and is multiplied by the layers.
+    """
     run()
     best = float("inf")
     for _ in range(tries):
